@@ -1,0 +1,1 @@
+"""What clients see: the OpenAI and SGLang HTTP dialects, and metrics."""

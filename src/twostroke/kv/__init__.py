@@ -1,0 +1,1 @@
+"""KV blocks: their layout, keys, slots and leases. Imports nothing else of twostroke but errors."""

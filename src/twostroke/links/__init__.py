@@ -1,0 +1,1 @@
+"""Links move slots between two live workers' pools and decide nothing."""

@@ -1,0 +1,209 @@
+"""Every message that crosses a process or thread boundary, typed.
+
+Wire form is JSON (msgspec). Unknown fields are refused, sizes are bounded by the reader, and ``PROTOCOL`` is
+checked at attach, so two versions never talk past each other.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+PROTOCOL = 1
+
+Role = Literal["both", "prefill", "decode"]
+FinishReason = Literal["stop", "length", "abort"]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Url = Annotated[str, Meta(min_length=1, max_length=512)]
+
+REQUEST_ID_HEADER = "x-request-id"
+TICKET_HEADER = "x-twostroke-handover"
+SECRET_HEADER = "x-twostroke-secret"  # noqa: S105 - the header's name, not a secret
+
+
+# -- requests, from the API to the engine ------------------------------------------------------------------------
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to pick tokens. Values are already validated and every default is resolved (``seed`` too)."""
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives to report; 0 reports the chosen token's only; None is off
+
+
+class Request(Struct, frozen=True, forbid_unknown_fields=True):
+    """One sequence to complete. ``n`` choices of one prompt are n requests with the same ``prompt_index``."""
+
+    id: str  # unique in the worker: "<x-request-id>/<prompt index>/<choice>"
+    prompt: list[int]  # token ids, at least one
+    sampling: Sampling
+    prompt_index: int = 0
+    choice: int = 0
+    salt: str = ""  # tenant salt, part of every block key
+    priority: int = 0  # smaller is served first
+
+    @property
+    def http_id(self) -> str:
+        """The ``x-request-id`` of the HTTP request that this sequence belongs to."""
+        return self.id.rsplit("/", 2)[0]
+
+
+class Token(Struct, frozen=True):
+    """One sampled token. ``logprob`` and ``top`` (id, logprob; best first) are set when logprobs were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
+
+
+class Output(Struct, frozen=True):
+    """What one engine step (or the producer's first token) adds to a request."""
+
+    tokens: list[Token]
+    finish: FinishReason | None = None
+    cached_tokens: int = 0  # prompt tokens that were not computed for this request on any worker
+
+
+class ModelCard(Struct, frozen=True):
+    """What clients may ask of the model that is served."""
+
+    name: str
+    vocab_size: int  # token ids are 0 .. vocab_size - 1
+    max_model_len: int  # prompt + output tokens
+    eos_token_ids: frozenset[int]
+    created: int  # unix seconds
+
+
+# -- the hand-over, between router, producer (P) and consumer (D) ------------------------------------------------
+
+
+class Ticket(Struct, frozen=True, forbid_unknown_fields=True):
+    """The router's word to one end of a hand-over, as JSON in the header ``x-twostroke-handover``."""
+
+    id: Name  # one per HTTP request; prompts of it hand over as "<id>/<prompt index>"
+    side: Literal["produce", "consume"]
+    attempt: Count = 0
+    peer: Url | None = None  # the producer's URL, for the consumer
+
+
+class Attach(Struct, frozen=True, forbid_unknown_fields=True):
+    """D → P, opens the hand-over. The reply is a stream of ``Event``s, one JSON object a line."""
+
+    handover: Name
+    attempt: Count
+    fingerprint: Name  # of the layout: both ends must hold the same model, dtype and block size
+    have: Count  # full blocks of the prefix that D holds already
+    protocol: int = PROTOCOL
+
+
+class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker's pool can be read on the same host: the memory file ``/proc/<pid>/fd/<fd>``."""
+
+    host: Name  # the boot id of the machine; another machine cannot map the file
+    pid: Count
+    fd: Count
+    instance: Name  # stamped in the file's header, so a reused pid cannot pass for the worker
+    num_slots: Count
+    block_bytes: Count
+
+
+class Opened(Struct, frozen=True, tag="opened", forbid_unknown_fields=True):
+    """P → D, first event: which pool to read from."""
+
+    pool: PoolAddress
+
+
+class Published(Struct, frozen=True, tag="published", forbid_unknown_fields=True):
+    """P → D: blocks ``first .. first + len(slots) - 1`` of the request are complete in these slots, and leased."""
+
+    first: Count
+    slots: Annotated[list[Count], Meta(max_length=1 << 20)]
+
+
+class Sampled(Struct, frozen=True, tag="sampled", forbid_unknown_fields=True):
+    """P → D: the first token, and how many prompt tokens P did not compute. Travels before the last blocks."""
+
+    output: Output
+
+
+class Ended(Struct, frozen=True, tag="ended", forbid_unknown_fields=True):
+    """P → D: nothing more will be published. ``error`` says why if that is too early."""
+
+    error: str | None = None
+
+
+Event = Opened | Published | Sampled | Ended
+
+
+class Confirm(Struct, frozen=True, forbid_unknown_fields=True):
+    """D → P, after reading: was the lease alive? ``release`` ends it."""
+
+    handover: Name
+    attempt: Count
+    instance: Name
+    blocks: Count  # D has read the first `blocks` blocks
+    release: bool = False
+
+
+class Confirmed(Struct, frozen=True, forbid_unknown_fields=True):
+    """P → D: whether the lease was alive when the ``Confirm`` arrived; only then do the read blocks count."""
+
+    alive: bool
+
+
+# -- what a worker says of itself --------------------------------------------------------------------------------
+
+
+class Slots(Struct, frozen=True, forbid_unknown_fields=True):
+    """The pool's account; ``free + cached + leased == total`` at all times."""
+
+    total: int
+    free: int
+    cached: int
+    leased: int
+
+
+class WorkerInfo(Struct, frozen=True):
+    """Reply of ``GET /internal/info``: the worker as its router sees it."""
+
+    id: str  # "prefill-0": stable across restarts
+    instance: str  # fresh for each process
+    role: Role
+    url: str
+    pid: int
+    state: Literal["starting", "ready", "draining"]
+    detail: str  # what it is doing while it starts
+    model: str
+    fingerprint: str  # of the layout; empty while starting
+    link: str  # the best link this worker offers
+    slots: Slots
+    running: int  # requests that compute
+    waiting: int  # requests that wait for slots or a turn
+    queued_tokens: int  # tokens still to compute of running and waiting prompts
+    threads: int
+    protocol: int = PROTOCOL
+
+
+class TimelineEvent(Struct, frozen=True):
+    """One lifecycle stamp of a request. ``time`` is unix seconds, comparable on one host."""
+
+    event: str
+    worker: str
+    time: float
+    detail: dict[str, str | int | float] = {}
+
+
+encode = msgspec.json.encode

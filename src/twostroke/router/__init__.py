@@ -1,0 +1,1 @@
+"""The router: which worker prefills and which decodes each request."""

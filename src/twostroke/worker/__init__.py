@@ -1,0 +1,1 @@
+"""A worker process: HTTP in front, one engine thread behind, hand-over between the two."""
