@@ -2,15 +2,21 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
 from twostroke.errors import StartupError
 from twostroke.messages import Role
 
+Schedule = Literal["concurrent", "serial"]
+Policy = Literal["least-loaded", "round-robin"]
+
 GiB = 1 << 30
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_URL = re.compile(r"https?://[^/\s?#]+/?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -37,7 +43,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 8100
     engine: EngineConfig = EngineConfig()
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
-    handover_timeout: float = 60.0  # silence from the producer after which the consumer computes for itself
+    handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
     attach_timeout: float = 5.0  # how long either end waits for the other to appear
     max_queue: int = 1024  # waiting requests, above which new ones get 429
     max_body: int = 16 << 20  # bytes
@@ -49,12 +55,57 @@ class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     prefill: tuple[str, ...] = ()
     decode: tuple[str, ...] = ()
     colocated: tuple[str, ...] = ()
-    schedule: str = "concurrent"  # or "serial"
-    policy: str = "least-loaded"  # or "round-robin"
+    schedule: Schedule = "concurrent"
+    policy: Policy = "least-loaded"
     host: str = "127.0.0.1"
     port: int = 8000
     heartbeat: float = 1.0  # seconds between looks at each worker
     max_body: int = 16 << 20  # bytes
+
+
+class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole system on one machine: a router and its workers, which listen on loopback."""
+
+    model: str | None = None  # as in WorkerConfig
+    prefill: int = 1  # workers of each kind
+    decode: int = 1
+    colocated: int = 0
+    host: str = "127.0.0.1"  # of the router
+    port: int = 8000
+    schedule: Schedule = "concurrent"
+    policy: Policy = "least-loaded"
+    insecure: bool = False
+    engine: EngineConfig = EngineConfig()  # of each worker; with ``threads`` 0 the cores are divided among them
+
+
+def check_pools(prefill: int, decode: int, colocated: int) -> None:
+    """Can these many workers of each kind serve any request?
+
+    Raises:
+        StartupError: a count is negative, there is no worker, or one half of a pair is missing and nobody stands in.
+    """
+    if min(prefill, decode, colocated) < 0:
+        raise StartupError("the number of workers cannot be negative")
+    if prefill + decode + colocated == 0:
+        raise StartupError("no workers: give at least one prefill and one decode worker, or one colocated worker")
+    if bool(prefill) != bool(decode) and not colocated:
+        have, lack = ("prefill", "decode") if prefill else ("decode", "prefill")
+        raise StartupError(
+            f"{have} workers alone serve no request: add at least one {lack} worker (--{lack}), or use --colocated"
+        )
+
+
+def check_urls(urls: Sequence[str]) -> None:
+    """Refuse worker URLs that can never be reached, and one worker named twice.
+
+    Raises:
+        StartupError: not ``http://host:port``, or given more than once.
+    """
+    for url in urls:
+        if not _URL.fullmatch(url):
+            raise StartupError(f"{url!r} is not the URL of a worker; write for example http://127.0.0.1:8100")
+    if twice := {url for url in urls if urls.count(url) > 1}:
+        raise StartupError(f"{', '.join(sorted(twice))} is given more than once")
 
 
 def parse_size(text: str) -> int:
@@ -73,6 +124,11 @@ def parse_size(text: str) -> int:
 def cluster_secret() -> str:
     """The secret that internal channels require (``TWOSTROKE_SECRET``); empty when none is set."""
     return os.environ.get("TWOSTROKE_SECRET", "")
+
+
+def child_environment(secret: str) -> dict[str, str]:
+    """The environment of a process that this one starts, which shares ``secret`` with it."""
+    return {**os.environ, "TWOSTROKE_SECRET": secret}
 
 
 def cache_dir() -> Path:

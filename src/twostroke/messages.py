@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 PROTOCOL = 1
 
 Role = Literal["both", "prefill", "decode"]
+WorkerState = Literal["starting", "ready", "draining"]
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -139,13 +140,17 @@ class Sampled(Struct, frozen=True, tag="sampled", forbid_unknown_fields=True):
     output: Output
 
 
+class Alive(Struct, frozen=True, tag="alive", forbid_unknown_fields=True):
+    """P → D, when nothing else was sent for a while: still there, still computing."""
+
+
 class Ended(Struct, frozen=True, tag="ended", forbid_unknown_fields=True):
     """P → D: nothing more will be published. ``error`` says why if that is too early."""
 
     error: str | None = None
 
 
-Event = Opened | Published | Sampled | Ended
+Event = Opened | Published | Sampled | Alive | Ended
 
 
 class Confirm(Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,7 +189,7 @@ class WorkerInfo(Struct, frozen=True):
     role: Role
     url: str
     pid: int
-    state: Literal["starting", "ready", "draining"]
+    state: WorkerState
     detail: str  # what it is doing while it starts
     model: str
     fingerprint: str  # of the layout; empty while starting

@@ -1,0 +1,246 @@
+"""The engine: one thread that steps. Each step is planned, run, sampled and committed; the rest talks to it through
+a lock that is never held while the model runs.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple
+
+from twostroke.engine.model import Model
+from twostroke.engine.sampling import Row, sample
+from twostroke.engine.scheduler import Chunk, Scheduler, Sequence
+from twostroke.errors import EngineFailed, RequestError
+from twostroke.kv.keys import root_key
+from twostroke.kv.pool import Lease, Pool
+from twostroke.messages import FinishReason, Output, Request, Slots, Token
+
+log = logging.getLogger(__name__)
+
+
+class Admitted(NamedTuple):
+    """The sequence holds these slots, in block order; the KV of its first ``computed`` tokens is there."""
+
+    slots: list[int]
+    computed: int
+
+
+class Progress(NamedTuple):
+    """Some of the prompt is computed: its first ``computed`` tokens; 0 as the first chunk starts."""
+
+    computed: int
+
+
+Update = Admitted | Progress | Output | RequestError
+
+
+class Job:
+    """A sequence in the engine, as the event loop sees it: updates arrive in order, the last one ends it."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.started = False  # whether its first chunk was planned; the engine thread's
+        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+
+    def push(self, update: Update) -> None:
+        """Append an update. Only from the event loop."""
+        self._updates.put_nowait(update)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Every update up to and including the one that finishes the sequence; an error is raised."""
+        while True:
+            update = await self._updates.get()
+            if isinstance(update, RequestError):
+                raise update
+            yield update
+            if isinstance(update, Output) and update.finish:
+                return
+
+
+class Load(NamedTuple):
+    """What the engine has to do, for the router's choice and for metrics."""
+
+    running: int
+    waiting: int
+    queued_tokens: int  # still to compute before every sequence decodes
+    slots: Slots
+
+
+class Engine:
+    """Runs sequences on a model. All methods but ``__init__`` and ``start`` may be called from any thread."""
+
+    def __init__(self, model: Model, pool: Pool, *, max_batch: int, token_budget: int) -> None:
+        self.model = model
+        self._pool = pool
+        self.scheduler = Scheduler(
+            pool,
+            block_tokens=model.layout.block_tokens,
+            max_batch=min(max_batch, token_budget),
+            token_budget=token_budget,
+            eos=model.eos,
+        )
+        self._lock = threading.Condition()
+        self._jobs: dict[Sequence, Job] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._died: Callable[[], None] = lambda: None
+
+    def start(self, loop: asyncio.AbstractEventLoop, died: Callable[[], None]) -> None:
+        """Start stepping. Updates of jobs are delivered on ``loop``; so is ``died``, should the thread ever end."""
+        self._loop, self._died = loop, died
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the present step."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        self._thread.join()
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, *, loads: bool = False, exports: Lease | None = None) -> Job:
+        """Queue a request. ``loads``: once it has slots, wait for ``loaded`` and ``resume``."""
+        root = root_key(self.model.layout.fingerprint, request.salt)
+        job = Job(Sequence(request, root, loads=loads, exports=exports))
+        with self._lock:
+            self._jobs[job.sequence] = job
+            self.scheduler.add(job.sequence)
+            self._admit()  # now, not at the next step: a load can start while the present step runs
+            self._lock.notify()
+        return job
+
+    def abort(self, job: Job) -> None:
+        """End a job whatever it is doing; no update follows. Ending it twice is harmless."""
+        with self._lock:
+            if self._jobs.pop(job.sequence, None) is not None:
+                self.scheduler.abort(job.sequence)
+                self._admit()
+                self._lock.notify()
+
+    def loaded(self, job: Job, tokens: int) -> None:
+        """The KV of the first ``tokens`` tokens is in the job's slots, verified."""
+        with self._lock:
+            self.scheduler.loaded(job.sequence, tokens)
+
+    def ending(self, job: Job, token: Token) -> FinishReason | None:
+        """Whether ``token``, as the next one, ends the job."""
+        return self.scheduler.ending(job.sequence, token.id)
+
+    def resume(self, job: Job, first: Token | None) -> None:
+        """Nothing more is loaded; the engine computes the rest, after ``first`` if that token is known already."""
+        with self._lock:
+            self.scheduler.resume(job.sequence, first)
+            self._lock.notify()
+
+    def lease(self) -> Lease:
+        """An empty lease on the engine's pool."""
+        return self._pool.lease()
+
+    def release(self, lease: Lease) -> None:
+        """End a lease. Its slots may now serve waiting sequences."""
+        with self._lock:
+            lease.release()
+            self._admit()
+            self._lock.notify()
+
+    def load(self) -> Load:
+        """The present load."""
+        with self._lock:
+            scheduler = self.scheduler
+            everybody = [*scheduler.running, *scheduler.waiting]
+            return Load(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                queued_tokens=sum(len(sequence.tokens) - sequence.computed for sequence in everybody),
+                slots=self._pool.counts(),
+            )
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self.model.enter_thread()
+            while (chunks := self._plan()) is not None:
+                try:
+                    tokens = self._compute(chunks)
+                except Exception:
+                    log.exception("a step of %d sequences failed", len(chunks))
+                    self._fail()
+                else:
+                    self._commit(tokens)
+        finally:
+            if not self._stopping and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._died)
+
+    def _plan(self) -> list[Chunk] | None:
+        """Wait for something to compute; ``None`` when the engine stops."""
+        with self._lock:
+            while not self._stopping:
+                self._admit()
+                if chunks := self.scheduler.plan():
+                    self._announce(chunks)
+                    return chunks
+                self._check()
+                self._lock.wait()
+            return None
+
+    def _compute(self, chunks: list[Chunk]) -> list[Token]:
+        logits = self.model.forward(chunks)
+        rows = []
+        for chunk in chunks:
+            if chunk.samples:
+                request, tokens = chunk.sequence.request, chunk.sequence.tokens
+                rows.append(Row(request.sampling, request.prompt, tokens[len(request.prompt) :], self.model.eos))
+        return sample(logits, rows)
+
+    def _commit(self, tokens: list[Token]) -> None:
+        with self._lock:
+            updates: list[tuple[Job, Update]] = []
+            for sequence, token in self.scheduler.commit(tokens):
+                job = self._jobs[sequence]
+                if token is None:
+                    updates.append((job, Progress(sequence.computed)))
+                else:
+                    updates.append((job, Output([token], sequence.finish, sequence.cached)))
+                if sequence.finish:
+                    del self._jobs[sequence]
+            self._deliver(updates)
+
+    def _fail(self) -> None:
+        with self._lock:
+            failed = [self._jobs.pop(sequence, None) for sequence in self.scheduler.fail()]
+            error = EngineFailed("the model failed on this request's step; the worker's log says how")
+            self._deliver([(job, error) for job in failed if job is not None])
+
+    # -- under the lock ------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        admitted = self.scheduler.admit()
+        self._deliver(
+            [(self._jobs[sequence], Admitted(list(sequence.slots()), sequence.computed)) for sequence in admitted]
+        )
+
+    def _announce(self, chunks: list[Chunk]) -> None:
+        jobs = [job for chunk in chunks if (job := self._jobs.get(chunk.sequence)) and not job.started]
+        for job in jobs:
+            job.started = True
+        self._deliver([(job, Progress(0)) for job in jobs])
+
+    def _deliver(self, updates: list[tuple[Job, Update]]) -> None:
+        """One wake-up of the event loop for all updates of a step."""
+        if updates and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_push_all, updates)
+
+    def _check(self) -> None:
+        """The account must balance whenever nothing is computed."""
+        slots = self._pool.counts()
+        if slots.free + slots.cached + slots.leased != slots.total:
+            log.critical("slots do not add up: %s", slots)
+
+
+def _push_all(updates: list[tuple[Job, Update]]) -> None:
+    for job, update in updates:
+        job.push(update)

@@ -1,0 +1,50 @@
+"""What a link is: it moves whole slots from a live peer's pool into our own, and decides nothing."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from twostroke.errors import HandoverFailed
+from twostroke.kv.memory import Bytes
+from twostroke.kv.pool import Slot
+from twostroke.messages import PoolAddress
+
+
+class Link(Protocol):
+    """One way to reach other workers' pools."""
+
+    name: str
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+        """Copy the peer's slots ``remote`` into our slots ``local``, pairwise.
+
+        What was read may be torn or stale: it counts only once the peer has confirmed its lease afterwards. Not
+        interrupted by cancellation: when this returns or raises, nothing writes into ``local`` any more.
+
+        Raises:
+            HandoverFailed: the peer cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of every peer."""
+        ...
+
+
+class MemoryLink:
+    """The twin for tests: peers are arrays of this process, by instance."""
+
+    name = "memory"
+
+    def __init__(self, own: Bytes, peers: dict[str, Bytes]) -> None:
+        self._own = own
+        self._peers = peers
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+        """See ``Link.read``."""
+        if peer.instance not in self._peers:
+            raise HandoverFailed(f"no peer {peer.instance}")
+        self._own[list(local)] = self._peers[peer.instance][list(remote)]
+
+    def close(self) -> None:
+        """See ``Link.close``."""
+        self._peers = {}

@@ -1,0 +1,253 @@
+"""The consumer's end of a hand-over: pulls a prompt's blocks from the producer while it computes them."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+import aiohttp
+import msgspec
+
+from twostroke.api.lifecycle import Lifecycle
+from twostroke.engine.engine import Admitted, Engine, Job
+from twostroke.errors import HandoverFailed
+from twostroke.handover.machine import CONSUMER, ConsumerAction, ConsumerEvent, ConsumerState, Machine
+from twostroke.kv.pool import Slot
+from twostroke.links.link import Link
+from twostroke.messages import (
+    SECRET_HEADER,
+    Alive,
+    Attach,
+    Confirm,
+    Confirmed,
+    Ended,
+    Event,
+    Opened,
+    Output,
+    PoolAddress,
+    Published,
+    Sampled,
+    encode,
+)
+
+_MAX_LINE = 16 << 20  # bytes of one event: a list of slots
+_event = msgspec.json.Decoder(Event)
+_confirmed = msgspec.json.Decoder(Confirmed)
+
+
+class Peer:
+    """A producer, seen from the consumer: its HTTP endpoints, each call with a deadline."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, *, secret: str, silence: float) -> None:
+        self._session = session
+        self._url = url
+        self._headers = {SECRET_HEADER: secret} if secret else {}
+        self._silence = silence
+
+    async def attach(self, message: Attach) -> AsyncGenerator[Event, None]:
+        """The hand-over's events.
+
+        Raises:
+            HandoverFailed: the producer is gone, refuses, sends nonsense, or was silent for too long.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._silence, sock_read=self._silence)
+        try:
+            async with self._session.post(
+                f"{self._url}/internal/handover/attach",
+                data=encode(message),
+                headers=self._headers,
+                timeout=timeout,
+                read_bufsize=_MAX_LINE,
+            ) as reply:
+                if reply.status != 200:
+                    raise HandoverFailed(f"the producer refused: {await _reason(reply)}")
+                async for line in reply.content:
+                    yield _event.decode(line)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise HandoverFailed(f"the producer's stream broke: {error or type(error).__name__}") from error
+
+    async def confirm(self, message: Confirm) -> bool:
+        """Whether the producer's lease was alive. ``HandoverFailed`` if it cannot be asked."""
+        try:
+            async with self._session.post(
+                f"{self._url}/internal/handover/confirm",
+                data=encode(message),
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=self._silence),
+            ) as reply:
+                if reply.status != 200:
+                    raise HandoverFailed(f"the producer refused: {await _reason(reply)}")
+                return _confirmed.decode(await reply.read()).alive
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+            raise HandoverFailed(f"the producer cannot confirm: {error or type(error).__name__}") from error
+
+
+class Pull:
+    """One hand-over that this worker consumes, from the moment its job holds slots."""
+
+    def __init__(
+        self,
+        job: Job,
+        admitted: Admitted,
+        handover: str,
+        attempt: int,
+        *,
+        engine: Engine,
+        link: Link,
+        peer: Peer,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self._job = job
+        self._handover = handover
+        self._attempt = attempt
+        self._engine = engine
+        self._link = link
+        self._peer = peer
+        self._lifecycle = lifecycle
+        self._machine = Machine(CONSUMER, ConsumerState.ATTACHING)
+        layout = engine.model.layout
+        self._block_tokens = layout.block_tokens
+        self._fingerprint = layout.fingerprint
+        self._slots: Sequence[Slot] = admitted.slots
+        self._prompt = len(job.sequence.request.prompt)
+        self._needed = layout.blocks(self._prompt)
+        self._have = self._verified = admitted.computed // layout.block_tokens  # blocks
+        self._pool: PoolAddress | None = None
+        self._fresh: Published | None = None  # published and not yet read
+        self._first: Output | None = None
+        self._sampled_at = time.monotonic()
+        self._released = False
+
+    async def run(self) -> None:
+        """Bring the blocks in; the job goes on with whatever was verified, however this ends.
+
+        On cancellation nothing writes into the job's slots any more once this is done.
+        """
+        try:
+            await self._pull()
+        except HandoverFailed as error:
+            self._stamp("fallback", reason=error.message, verified_blocks=self._verified)
+            await self._on(ConsumerEvent.LOST)
+        except asyncio.CancelledError:
+            if self._machine.accepts(ConsumerEvent.ABORT):
+                await self._on(ConsumerEvent.ABORT)
+            raise
+
+    async def _pull(self) -> None:
+        message = Attach(self._handover, self._attempt, self._fingerprint, self._have)
+        async with contextlib.aclosing(self._peer.attach(message)) as events:
+            await self._follow(events)
+        self._check(self._done, "it ended too early")
+        if self._machine.accepts(ConsumerEvent.COMPLETE):
+            await self._on(ConsumerEvent.COMPLETE)
+
+    async def _follow(self, events: AsyncIterator[Event]) -> None:
+        """Take events until every block is verified and the first token is out, or the request is over."""
+        async for event in events:
+            match event:
+                case Opened(pool):
+                    self._check(self._pool is None, "opened twice")
+                    self._pool = pool
+                    self._stamp("attached", link=self._link.name)
+                    await self._on(ConsumerEvent.OPENED)
+                case Published():
+                    self._check(event.first == self._verified, "blocks out of order")
+                    self._check(event.first + len(event.slots) <= self._needed, "more blocks than the prompt has")
+                    self._fresh = event
+                    await self._on(ConsumerEvent.PUBLISHED)
+                    await self._on(ConsumerEvent.VERIFIED)
+                case Sampled(output):
+                    self._check(self._first is None and len(output.tokens) == 1, "more than one first token")
+                    await self._sampled(output)
+                case Ended(error):
+                    self._check(error is None, error or "")
+                    break
+                case Alive():
+                    pass
+            if self._done:
+                break
+
+    @property
+    def _done(self) -> bool:
+        """Whether nothing more is expected of the producer."""
+        return self._first is not None and (self._first.finish is not None or self._verified == self._needed)
+
+    async def _sampled(self, output: Output) -> None:
+        self._sampled_at = time.monotonic()
+        finish = self._engine.ending(self._job, output.tokens[0])
+        self._first = msgspec.structs.replace(output, finish=finish)
+        await self._on(ConsumerEvent.SAMPLED_LAST if finish else ConsumerEvent.SAMPLED)
+
+    def _check(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise HandoverFailed(f"the producer broke off or broke the protocol: {what}")
+
+    async def _on(self, event: ConsumerEvent) -> None:
+        for action in self._machine.on(event):
+            await self._do(action)
+
+    async def _do(self, action: ConsumerAction) -> None:
+        match action:
+            case ConsumerAction.READ:
+                await self._read()
+            case ConsumerAction.KEEP:
+                self._engine.loaded(self._job, min(self._verified * self._block_tokens, self._prompt))
+            case ConsumerAction.EMIT:
+                assert self._first is not None, "only a known token is emitted"
+                self._job.push(self._first)
+            case ConsumerAction.RESUME:
+                self._engine.resume(self._job, self._first.tokens[0] if self._first else None)
+                self._complete()
+            case ConsumerAction.RELEASE:
+                await self._release()
+            case ConsumerAction.ABORT:
+                self._engine.abort(self._job)
+
+    async def _read(self) -> None:
+        """Copy what is published. It counts only because the producer confirms, afterwards, that its lease is alive."""
+        assert self._fresh, "only published blocks are read"
+        assert self._pool, "a pool is known before blocks of it are published"
+        first, remote = self._fresh.first, self._fresh.slots
+        end = first + len(remote)
+        if remote:
+            await self._link.read(self._pool, remote, self._slots[first:end])
+        last = end == self._needed and self._first is not None
+        alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._pool.instance, end, last))
+        self._check(alive, "its lease had ended before the blocks were read")
+        self._verified = end
+        self._released = last
+
+    async def _release(self) -> None:
+        """Tell the producer that nothing more is needed. If that fails, its lease expires by itself."""
+        if self._released or self._pool is None:
+            return
+        self._released = True
+        message = Confirm(self._handover, self._attempt, self._pool.instance, self._verified, release=True)
+        try:
+            await self._peer.confirm(message)
+        except HandoverFailed as error:
+            self._stamp("release_failed", reason=error.message)
+
+    def _complete(self) -> None:
+        if self._verified < self._needed:
+            return
+        blocks = self._needed - self._have
+        self._stamp(
+            "kv_complete",
+            blocks=blocks,
+            bytes=blocks * self._engine.model.layout.block_bytes,
+            exposed_ms=round((time.monotonic() - self._sampled_at) * 1e3, 3),
+        )
+
+    def _stamp(self, event: str, **detail: str | int | float) -> None:
+        self._lifecycle.stamp(self._job.sequence.request.id, event, **detail)
+
+
+async def _reason(reply: aiohttp.ClientResponse) -> str:
+    """Why the peer replied with an error, from its error object."""
+    body = await reply.content.read(64 << 10)
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {reply.status}"

@@ -1,0 +1,260 @@
+"""The producer's end of hand-overs: drives the pure machine with what the router, the engine and consumers do."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable
+
+from twostroke.engine.engine import Engine, Job, Update
+from twostroke.errors import Conflict, HandoverFailed, RequestError
+from twostroke.handover.machine import PRODUCER, Machine, ProducerAction, ProducerEvent, ProducerState
+from twostroke.messages import (
+    PROTOCOL,
+    Alive,
+    Attach,
+    Confirm,
+    Confirmed,
+    Ended,
+    Event,
+    Opened,
+    Output,
+    PoolAddress,
+    Published,
+    Request,
+    Sampled,
+)
+
+_REMEMBERED = 4096  # hand-overs that are over, so that whoever comes late is told at once
+
+
+class Export:
+    """One hand-over that this worker produces. Every published block is held by ``lease``, until the end."""
+
+    def __init__(
+        self,
+        attempt: int,
+        engine: Engine,
+        *,
+        lease_seconds: float,
+        attach_timeout: float,
+        closed: Callable[["Export"], None],
+    ) -> None:
+        self.attempt = attempt
+        self.lease = engine.lease()
+        self.job: Job | None = None
+        self.first: Output | None = None  # the first token, once it is sampled
+        self.error: str | None = None
+        self.changed = asyncio.Event()  # there is something to publish, or this is over
+        self._closed = closed
+        self._engine = engine
+        self._request: Request | None = None
+        self._machine = Machine(PRODUCER, ProducerState.NEW)
+        self._seconds = {ProducerState.EXPECTED: attach_timeout}
+        self._lease_seconds = lease_seconds
+        self._deadline: asyncio.TimerHandle | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether the lease is alive."""
+        return self._machine.state is not ProducerState.CLOSED
+
+    def accepts(self, event: ProducerEvent) -> bool:
+        """Whether the event is legal now."""
+        return self._machine.accepts(event)
+
+    def on(self, event: ProducerEvent) -> None:
+        """Take an event and do what it calls for. After the end, events are late and mean nothing."""
+        if self.open:
+            for action in self._machine.on(event):
+                self._do(action)
+            self._settle()
+
+    def request(self, request: Request) -> Job:
+        """The router's request came: compute it, exporting its blocks. The returned job gives its one token."""
+        self._request = request
+        self.on(ProducerEvent.REQUEST)
+        assert self.job is not None, "REQUEST computes"
+        return self.job
+
+    def fail(self, reason: str) -> None:
+        """End early; an attached consumer is told why."""
+        self.error = reason
+        self.on(ProducerEvent.FAIL)
+
+    def _do(self, action: ProducerAction) -> None:
+        match action:
+            case ProducerAction.COMPUTE:
+                assert self._request is not None, "only REQUEST computes"
+                self._stop_clock()
+                self.job = self._engine.submit(self._request, exports=self.lease)
+            case ProducerAction.PUBLISH:
+                self.changed.set()
+            case ProducerAction.RENEW:
+                self._stop_clock()
+                seconds = self._seconds.get(self._machine.state, self._lease_seconds)
+                self._deadline = asyncio.get_running_loop().call_later(seconds, self.on, ProducerEvent.EXPIRE)
+            case ProducerAction.ABORT:
+                assert self.job is not None, "only what computes is aborted"
+                self._engine.abort(self.job)
+                self.job.push(HandoverFailed("the consumer left before the prefill was done"))
+            case ProducerAction.RELEASE:
+                self._engine.release(self.lease)
+
+    def _settle(self) -> None:
+        if not self.open:
+            self._stop_clock()
+            self.changed.set()
+            self._closed(self)
+
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+
+class Producer:
+    """All hand-overs that this worker produces, by id."""
+
+    def __init__(
+        self, engine: Engine, pool: PoolAddress, *, lease_seconds: float, attach_timeout: float, heartbeat: float
+    ) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._lease_seconds = lease_seconds
+        self._attach_timeout = attach_timeout
+        self._heartbeat = heartbeat
+        self._exports: dict[str, Export] = {}
+        self._over: OrderedDict[str, str] = OrderedDict()  # id → why
+
+    async def produce(self, request: Request, handover: str, attempt: int) -> AsyncGenerator[tuple[Job, Update], None]:
+        """Compute a prompt for a consumer; give its job's updates, the last of which is the first token.
+
+        Leaving early ends the hand-over.
+
+        Raises:
+            Conflict: the same hand-over was asked for before.
+            RequestError: the prefill failed, or the consumer ended it.
+        """
+        export = self._exports.get(handover) or self._new(handover, attempt)
+        if not export.accepts(ProducerEvent.REQUEST) or export.attempt != attempt:
+            raise Conflict(f"hand-over {handover} is under way already, as attempt {export.attempt}")
+        reason = "the prefill was aborted"
+        try:
+            job = export.request(request)
+            async for update in job.updates():
+                if isinstance(update, Output):
+                    export.first = update
+                    export.on(ProducerEvent.FINISH)
+                else:
+                    export.on(ProducerEvent.PROGRESS)
+                yield job, update
+        except RequestError as error:
+            reason = error.message
+            raise
+        finally:
+            if export.first is None:
+                export.fail(reason)
+
+    def refuse(self, handover: str, reason: str) -> None:
+        """The request of this hand-over was turned down: tell its consumer, now or when it comes."""
+        export = self._exports.get(handover)
+        if export is not None:
+            export.fail(reason)
+        else:
+            self._bury(handover, reason)
+
+    async def attach(self, message: Attach) -> AsyncGenerator[Event, None]:
+        """Publish a hand-over to its consumer, from block ``message.have`` on, until it ends.
+
+        Raises:
+            Conflict: the consumer has another layout or protocol, is late, or is not the only one.
+        """
+        export = self._admit(message)
+        export.on(ProducerEvent.ATTACH)
+        complete = False
+        try:
+            yield Opened(self._pool)
+            async for event in self._events(export, message.have):
+                yield event
+            complete = True
+        finally:
+            # After the last event the stream is over; what the consumer still reads ends by release or expiry.
+            if not complete:
+                export.on(ProducerEvent.DETACH)
+
+    def confirm(self, message: Confirm) -> Confirmed:
+        """Whether what the consumer has read was leased all the time; with ``release``, the end of the hand-over."""
+        export = self._exports.get(message.handover)
+        event = ProducerEvent.RELEASE if message.release else ProducerEvent.CONFIRM
+        alive = (
+            export is not None
+            and message.instance == self._pool.instance
+            and message.attempt == export.attempt
+            and message.blocks <= len(export.lease.slots)
+            and export.accepts(event)
+        )
+        if alive and export is not None:
+            export.on(event)
+        return Confirmed(alive)
+
+    def close(self) -> None:
+        """End every hand-over."""
+        for export in list(self._exports.values()):
+            export.fail("the producer shuts down")
+
+    @property
+    def open(self) -> int:
+        """Hand-overs that are under way."""
+        return len(self._exports)
+
+    def _admit(self, message: Attach) -> Export:
+        fingerprint = self._engine.model.layout.fingerprint
+        if message.protocol != PROTOCOL or message.fingerprint != fingerprint:
+            raise Conflict(
+                f"layouts differ: the consumer has {message.fingerprint} (protocol {message.protocol}), "
+                f"the producer {fingerprint} (protocol {PROTOCOL}); serve the same model, dtype and block size"
+            )
+        if message.handover in self._over:
+            raise Conflict(f"hand-over {message.handover} is over: {self._over[message.handover]}")
+        export = self._exports.get(message.handover) or self._new(message.handover, message.attempt)
+        if not export.accepts(ProducerEvent.ATTACH) or export.attempt != message.attempt:
+            raise Conflict(f"hand-over {message.handover} has a consumer already, or is attempt {export.attempt}")
+        return export
+
+    async def _events(self, export: Export, sent: int) -> AsyncGenerator[Event, None]:
+        """What happens to an export. The first token goes before the last blocks: it must not wait for them."""
+        sampled = False
+        while export.open:
+            if export.first is not None and not sampled:
+                sampled = True
+                yield Sampled(export.first)
+            if slots := export.lease.slots[sent:]:
+                yield Published(sent, slots)
+                sent += len(slots)
+            if sampled:
+                break
+            try:
+                async with asyncio.timeout(self._heartbeat):
+                    await export.changed.wait()
+            except TimeoutError:
+                yield Alive()
+            export.changed.clear()
+        yield Ended(None if sampled else export.error or "the producer gave up waiting for the request")
+
+    def _new(self, handover: str, attempt: int) -> Export:
+        def closed(export: Export) -> None:
+            del self._exports[handover]
+            self._bury(handover, export.error or "it was released, or expired")
+
+        export = Export(
+            attempt,
+            self._engine,
+            lease_seconds=self._lease_seconds,
+            attach_timeout=self._attach_timeout,
+            closed=closed,
+        )
+        self._exports[handover] = export
+        return export
+
+    def _bury(self, handover: str, reason: str) -> None:
+        self._over[handover] = reason
+        if len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)

@@ -1,0 +1,291 @@
+"""The worker process: the service behind the API. One event loop, one engine thread, the same for every role."""
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+
+import aiohttp
+import msgspec
+import uvloop
+
+from twostroke.api.lifecycle import Gauges, Lifecycle
+from twostroke.api.server import bind, build_app, serve
+from twostroke.config import WorkerConfig, cluster_secret
+from twostroke.engine.engine import Admitted, Job, Progress, Update
+from twostroke.errors import Overloaded, RequestError, Unavailable
+from twostroke.messages import ModelCard, Output, Request, Sampling, Slots, Ticket, WorkerInfo, WorkerState
+from twostroke.tokenizer import Tokenizer
+from twostroke.worker.consumer import Peer, Pull
+from twostroke.worker.internal import internal_routes
+from twostroke.worker.loading import Loaded, load
+from twostroke.worker.producer import Producer
+
+log = logging.getLogger(__name__)
+_SHUTDOWN_SECONDS = 3.0
+_NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
+
+
+class Worker:
+    """Serves one model. It has no role of its own: tickets say which end of a hand-over a request is."""
+
+    def __init__(self, config: WorkerConfig, url: str, secret: str) -> None:
+        self._config = config
+        self._url = url
+        self._secret = secret
+        self._instance = uuid.uuid4().hex
+        self._state: WorkerState = "starting"
+        self._detail = "starting"
+        self._loaded: Loaded | None = None
+        self._session: aiohttp.ClientSession | None = None
+        self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
+        self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
+        self.producer: Producer | None = None
+        self.lifecycle = Lifecycle(config.name)
+        self.lifecycle.watch(self._gauges)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self, died: asyncio.Event) -> None:
+        """Load the model and be ready; ``died`` is set if the engine ever ends by itself.
+
+        Raises:
+            StartupError: the worker cannot start.
+        """
+        loaded = await asyncio.to_thread(load, self._config, self._instance, self._say)
+        loaded.engine.start(asyncio.get_running_loop(), died.set)
+        self._say("warming up")
+        await _warm_up(loaded)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self.producer = Producer(
+            loaded.engine,
+            loaded.memory.address,
+            lease_seconds=self._config.lease_seconds,
+            attach_timeout=self._config.attach_timeout,
+            heartbeat=self._config.handover_timeout / 4,
+        )
+        self._loaded, self._state = loaded, "ready"
+        self._say("serving")
+
+    async def stop(self) -> None:
+        """Let go of everything."""
+        self._state, self._detail = "draining", "shutting down"
+        if self.producer is not None:
+            self.producer.close()
+        if self._session is not None:
+            await self._session.close()
+        if self._loaded is not None:
+            await asyncio.to_thread(self._loaded.engine.stop)
+            self._loaded.link.close()
+            self._loaded.memory.close()
+
+    def _say(self, detail: str) -> None:
+        self._detail = detail
+        log.info("%s", detail)
+
+    # -- the service behind the API ------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See ``Service``."""
+        return self._ready().tokenizer
+
+    def card(self) -> ModelCard:
+        """See ``Service``."""
+        return self._ready().card
+
+    def health(self) -> tuple[str, str]:
+        """See ``Service``."""
+        return self._state, self._detail
+
+    async def generate(self, request: Request, ticket: Ticket | None) -> AsyncGenerator[Output, None]:
+        """See ``Service``. With a ticket, the prompt's blocks come from its peer as far as they can."""
+        loaded = self._admit(request)
+        pulls = ticket is not None and ticket.peer is not None and request.choice == 0
+        if pulls:
+            self._pulled[request.id] = asyncio.Event()
+        elif ticket is not None:
+            await self._first_choice(request)
+        job = loaded.engine.submit(request, loads=pulls)
+        self._jobs[job] = request.http_id
+        pull: asyncio.Task[None] | None = None
+        outcome, outputs = "aborted", 0
+        try:
+            async for update in job.updates():
+                self._observe(job, update, first=outputs == 0)
+                if isinstance(update, Output):
+                    outputs += len(update.tokens)
+                    outcome = "finished" if update.finish else outcome
+                    yield update
+                elif isinstance(update, Admitted) and pulls and ticket is not None and pull is None:
+                    pull = asyncio.create_task(self._pull(loaded, job, update, ticket))
+        except RequestError as error:
+            outcome = "failed"
+            self.lifecycle.stamp(request.id, outcome, reason=error.code or error.kind)
+            raise
+        finally:
+            if outcome != "failed":
+                reason = job.sequence.finish or "abort"
+                self.lifecycle.stamp(request.id, outcome, reason=reason, output_tokens=outputs)
+            await _cancel(pull)
+            if pulls:
+                self._pulled.pop(request.id).set()
+            loaded.engine.abort(job)
+            del self._jobs[job]
+
+    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> int:
+        """See ``Service``. Only the first choice of each prompt is handed over; the others find its blocks."""
+        prompts = [request for request in requests if request.choice == 0]
+        await asyncio.gather(*(self._produce(request, ticket) for request in prompts))
+        return sum(len(request.prompt) for request in prompts)
+
+    def abort(self, http_id: str) -> bool:
+        """See ``Service``."""
+        jobs = [job for job, owner in self._jobs.items() if owner == http_id]
+        for job in jobs:
+            job.push(Output([], "abort"))
+        return bool(jobs)
+
+    # -- for routers and peers -----------------------------------------------------------------------------------
+
+    def info(self) -> WorkerInfo:
+        """What a router wants to know."""
+        loaded = self._loaded
+        load = loaded.engine.load() if loaded else None
+        return WorkerInfo(
+            id=self._config.name,
+            instance=self._instance,
+            role=self._config.role,
+            url=self._url,
+            pid=os.getpid(),
+            state=self._state,
+            detail=self._detail,
+            model=loaded.card.name if loaded else "",
+            fingerprint=loaded.engine.model.layout.fingerprint if loaded else "",
+            link=loaded.link.name if loaded else "",
+            slots=load.slots if load else _NO_SLOTS,
+            running=load.running if load else 0,
+            waiting=load.waiting if load else 0,
+            queued_tokens=load.queued_tokens if load else 0,
+            threads=loaded.engine.model.threads if loaded else self._config.engine.threads,
+        )
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Loaded:
+        if self._loaded is None or self._state != "ready":
+            raise Unavailable(f"the worker is {self._state}: {self._detail}")
+        return self._loaded
+
+    def _admit(self, request: Request) -> Loaded:
+        loaded = self._ready()
+        if len(self._jobs) >= self._config.max_queue:
+            raise Overloaded(f"{len(self._jobs)} requests are under way already; this worker takes no more")
+        self.lifecycle.stamp(request.id, "received", prompt_tokens=len(request.prompt))
+        return loaded
+
+    async def _first_choice(self, request: Request) -> None:
+        """Wait until the first choice of this prompt has brought its blocks; this choice then finds them here."""
+        first = f"{request.http_id}/{request.prompt_index}/0"
+        if first in self._pulled:
+            await self._pulled[first].wait()
+
+    async def _pull(self, loaded: Loaded, job: Job, admitted: Admitted, ticket: Ticket) -> None:
+        assert self._session, "a ready worker has a session"
+        assert ticket.peer, "a consumer is told its producer"
+        request = job.sequence.request
+        pull = Pull(
+            job,
+            admitted,
+            f"{ticket.id}/{request.prompt_index}",
+            ticket.attempt,
+            engine=loaded.engine,
+            link=loaded.link,
+            peer=Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout),
+            lifecycle=self.lifecycle,
+        )
+        await pull.run()
+        self._pulled[request.id].set()
+
+    async def _produce(self, request: Request, ticket: Ticket) -> None:
+        assert self.producer is not None, "a ready worker has a producer"
+        handover = f"{ticket.id}/{request.prompt_index}"
+        try:
+            self._admit(request)
+        except RequestError as error:
+            self.producer.refuse(handover, error.message)
+            raise
+        one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
+        request = msgspec.structs.replace(request, sampling=one_token)
+        async with aclosing(self.producer.produce(request, handover, ticket.attempt)) as updates:
+            async for job, update in updates:
+                self._observe(job, update, first=True)
+        self.lifecycle.stamp(request.id, "finished", reason="handover", output_tokens=1)
+
+    def _observe(self, job: Job, update: Update, *, first: bool) -> None:
+        """Stamp what an update means in a request's life."""
+        sequence = job.sequence
+        stamp, id_ = self.lifecycle.stamp, sequence.request.id
+        match update:
+            case Admitted():
+                stamp(id_, "admitted", slots=len(update.slots))
+            case Progress(0):
+                stamp(id_, "prefill_started", cached_tokens=sequence.cached)
+            case Output() if first and update.tokens:
+                stamp(id_, "first_token")
+            case _:
+                pass
+
+    def _gauges(self) -> Gauges:
+        if self._loaded is None:
+            return Gauges(0, 0)
+        load = self._loaded.engine.load()
+        return Gauges(load.running, load.waiting, load.slots)
+
+
+async def _cancel(task: asyncio.Task[None] | None) -> None:
+    """End a task and wait until it has ended, whatever it raises meanwhile on its way out."""
+    if task is not None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _warm_up(loaded: Loaded) -> None:
+    """Have kernels compiled and weights in memory before anybody waits for them."""
+    sampling = Sampling(max_tokens=2, seed=0, temperature=0, ignore_eos=True)
+    async for _ in loaded.engine.submit(Request("warm-up/0/0", [0, 0], sampling)).updates():
+        pass
+
+
+def run(config: WorkerConfig) -> int:
+    """Serve until a signal; the exit status. Raises ``StartupError`` if it cannot start."""
+    return uvloop.run(_run(config))
+
+
+async def _run(config: WorkerConfig) -> int:
+    secret = cluster_secret()
+    sock = bind(config.host, config.port)
+    host, port = sock.getsockname()[:2]
+    worker = Worker(config, f"http://{host}:{port}", secret)
+    app = build_app(worker, worker.lifecycle, max_body=config.max_body, routes=internal_routes(worker, secret))
+    stop, died = asyncio.Event(), asyncio.Event()
+    serving = asyncio.create_task(serve(app, sock, shutdown_seconds=_SHUTDOWN_SECONDS, stop=stop))
+    starting = asyncio.create_task(worker.start(died))
+    dying = asyncio.create_task(died.wait())
+    try:
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await asyncio.wait({serving, dying}, return_when=asyncio.FIRST_COMPLETED)
+        if died.is_set():
+            log.critical("the engine thread ended: the worker cannot go on")
+        return 1 if died.is_set() else 0
+    finally:
+        stop.set()
+        dying.cancel()
+        starting.cancel()
+        await asyncio.wait({serving, starting})
+        await worker.stop()
