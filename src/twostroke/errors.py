@@ -124,6 +124,14 @@ class HandoverFailed(RequestError):
     retry_safe = True
 
 
+class WorkerLost(RequestError):
+    """The worker that was to answer cannot be reached, or broke off."""
+
+    status = 502
+    code = "worker_lost"
+    retry_safe = True
+
+
 class StartupError(TwostrokeError):
     """The process cannot start; the message says what to change."""
 

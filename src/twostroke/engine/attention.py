@@ -6,7 +6,7 @@ copied together first.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,19 @@ class Prefill:
     start: int
     count: int
     table: torch.Tensor  # int64 [blocks]: slots of tokens 0 .. start + count - 1
+    _masks: dict[int, torch.Tensor] = field(default_factory=dict)  # by window; the same for all layers of a step
+
+    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """What each row may see, as a bias ``[count, start + count]``; ``None`` if plain causality says it."""
+        end = self.start + self.count
+        if not self.start and window >= end:
+            return None
+        if window not in self._masks:
+            row = torch.arange(self.start, end)[:, None]
+            column = torch.arange(end)
+            hidden = (column > row) | (column <= row - window)
+            self._masks[window] = torch.zeros(self.count, end, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        return self._masks[window]
 
 
 @dataclass(frozen=True)
@@ -92,11 +105,7 @@ def _prefill(
     end = prefill.start + prefill.count
     context = batch.kv[prefill.table, layer]  # a copy: [blocks, 2, kv_heads, block_tokens, head_dim]
     context = context.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end]
-    mask = None
-    if prefill.start or window < end:
-        row = torch.arange(prefill.start, end)[:, None]
-        column = torch.arange(end)
-        mask = (column <= row) & (column > row - window)
+    mask = prefill.mask(window, query.dtype)
     return scaled_dot_product_attention(
         query, context[None, 0], context[None, 1], attn_mask=mask, is_causal=mask is None, scale=scaling,
         enable_gqa=query.shape[1] != context.shape[1],

@@ -1,0 +1,428 @@
+"""What clients see: every endpoint as an ASGI app, and the loop that serves it.
+
+``Boundary`` is the one place where errors become replies. Endpoints are raw ASGI, so that a token costs little.
+"""
+
+import asyncio
+import errno
+import hmac
+import logging
+import math
+import re
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from uuid import uuid4
+
+import msgspec
+import uvicorn
+from msgspec import Struct
+from msgspec.json import encode
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from twostroke import config
+from twostroke.api import openai, sglang
+from twostroke.api.call import Call, Setting
+from twostroke.api.exchange import Exchange
+from twostroke.api.http import (
+    DONE,
+    ClientGone,
+    error_object,
+    header,
+    read_body,
+    reply,
+    reply_error,
+    unless_gone,
+)
+from twostroke.api.lifecycle import Lifecycle
+from twostroke.api.service import Service
+from twostroke.errors import (
+    BadRequest,
+    Conflict,
+    MethodNotAllowed,
+    NotFound,
+    PortInUse,
+    RequestError,
+    StartupError,
+    TwostrokeError,
+    Unauthorized,
+    Unavailable,
+)
+from twostroke.messages import (
+    REQUEST_ID_HEADER,
+    SECRET_HEADER,
+    TICKET_HEADER,
+    Request,
+    Sampling,
+    Ticket,
+    TimelineEvent,
+)
+
+log = logging.getLogger(__name__)
+
+Translate = Callable[[bytes, Setting], Call]
+Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,128}")  # printable ASCII without blank and "/"
+_BIG_BODY = 32 << 10  # bytes, above which translation (tokenisation) leaves the event loop
+_PROBE_SECONDS = 20.0
+_BACKLOG = 2048
+
+
+def build_app(service: Service, lifecycle: Lifecycle, *, max_body: int, routes: Sequence[BaseRoute] = ()) -> ASGIApp:
+    """All public endpoints over ``service``, and the worker's own ``routes``. ``max_body`` is in bytes."""
+    api = _Api(service, lifecycle, max_body)
+    return Boundary(Router([*routes, *api.routes()], redirect_slashes=False))
+
+
+# -- the boundary ------------------------------------------------------------------------------------------------
+
+
+class Boundary:
+    """Names every request, and turns whatever is raised below it into exactly one reply."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = header(scope, REQUEST_ID_HEADER)
+        good = given is not None and _REQUEST_ID.fullmatch(given)
+        http_id = given if given is not None and good else uuid4().hex
+        scope["app"] = self  # makes Starlette's router raise 404 and 405 instead of answering in plain text
+        scope["twostroke.http_id"] = http_id
+        named = _NamedSend(send, http_id)
+        try:
+            if given is not None and not good:
+                text = f"{REQUEST_ID_HEADER} must be 1 to 128 printable ASCII characters without blank and /"
+                raise BadRequest(text, param=REQUEST_ID_HEADER)
+            await self._app(scope, receive, named)
+        except ClientGone:
+            return
+        except asyncio.CancelledError:
+            await named.fail(Unavailable("the server is shutting down"))
+            raise
+        except HTTPException as error:
+            await named.fail(_routing_error(error, scope))
+        except TwostrokeError as error:
+            await named.fail(error)
+        except Exception as error:  # noqa: BLE001 - the one boundary: logged, and answered with 500
+            _log_unexpected(http_id, error)
+            await named.fail(RequestError(f"internal error; the server's log has it under {http_id}"))
+
+
+class _NamedSend:
+    """Adds the request's id to the reply, and knows how far the reply is."""
+
+    def __init__(self, send: Send, http_id: str) -> None:
+        self._send = send
+        self._header = (REQUEST_ID_HEADER.encode(), http_id.encode())
+        self._started = False
+        self._ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if not self._started:
+            self._started = True
+            message = {**message, "headers": [*message.get("headers", ()), self._header]}
+        elif not message.get("more_body", False):
+            self._ended = True
+        await self._send(message)
+
+    async def fail(self, error: TwostrokeError) -> None:
+        """An error reply, or an error event when the stream has begun. Only streams can fail once begun."""
+        if not self._started:
+            await reply_error(self, error)
+        elif not self._ended:
+            await self({"type": "http.response.body", "body": b"data: " + error_object(error) + b"\n\n" + DONE})
+
+
+def _routing_error(error: HTTPException, scope: Scope) -> TwostrokeError:
+    if error.status_code == 405:
+        return MethodNotAllowed(f"{scope['method']} is not allowed on {scope['path']}")
+    if error.status_code == 404:
+        return NotFound(f"there is no {scope['path']}")
+    return BadRequest(str(error.detail))
+
+
+def _log_unexpected(http_id: str, error: Exception) -> None:
+    """Log where, not what: the text of a foreign exception may quote the prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    log.error("request %s failed with %s\n%s", http_id, type(error).__name__, frames)
+
+
+# -- endpoints ---------------------------------------------------------------------------------------------------
+
+
+class Health(Struct, frozen=True):
+    """Reply of ``/health`` and ``/ready``."""
+
+    state: str
+    detail: str
+
+
+class Timeline(Struct, frozen=True):
+    """Reply of ``/debug/requests/{id}``."""
+
+    id: str
+    events: list[TimelineEvent]
+
+
+class Produced(Struct, frozen=True):
+    """Reply of the prefill end of a hand-over."""
+
+    handover: str
+    prompt_tokens: int
+
+
+class _Api:
+    """The endpoints."""
+
+    def __init__(self, service: Service, lifecycle: Lifecycle, max_body: int) -> None:
+        self._service = service
+        self._lifecycle = lifecycle
+        self._max_body = max_body
+        self._secret = config.cluster_secret()
+        self._live: dict[tuple[str, str], str | None] = {}  # the rid of each call, by x-request-id and side
+
+    def routes(self) -> list[Route]:
+        gets: dict[str, Endpoint] = {
+            "/v1/models": self._models,
+            "/health": self._health,
+            "/ready": self._ready,
+            "/metrics": self._metrics,
+            "/debug/requests/{id:path}": self._timeline,
+            "/health_generate": self._health_generate,
+            "/get_model_info": self._model_info,
+            "/get_server_info": self._server_info,
+            "/server_info": self._server_info,
+        }
+        posts: dict[str, Endpoint] = {
+            "/v1/completions": self._generating(openai.completions),
+            "/v1/chat/completions": self._generating(openai.chat),
+            "/generate": self._generating(sglang.generate),
+            "/abort_request": self._abort,
+        }
+        return [route(path, endpoint, "GET") for path, endpoint in gets.items()] + [
+            route(path, endpoint, "POST") for path, endpoint in posts.items()
+        ]
+
+    # generating
+
+    def _generating(self, translate: Translate) -> Endpoint:
+        async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+            ticket = self._ticket(scope)
+            setting = self._setting(scope)
+            call = await self._translate(translate, await read_body(scope, receive, self._max_body), setting)
+            with self._registered(setting.http_id, call, ticket):
+                if ticket is not None and ticket.side == "produce":
+                    await unless_gone(self._produce(call, ticket, send), receive)
+                else:
+                    exchange = Exchange(call, self._service, self._lifecycle, ticket, send)
+                    await unless_gone(exchange.run(), receive)
+
+        return endpoint
+
+    def _ticket(self, scope: Scope) -> Ticket | None:
+        """The router's ticket, if this call is an end of a hand-over and comes from one who may say so."""
+        text = header(scope, TICKET_HEADER)
+        if text is None:
+            return None
+        given = header(scope, SECRET_HEADER) or ""
+        if self._secret and not hmac.compare_digest(given.encode(), self._secret.encode()):
+            raise Unauthorized(f"{TICKET_HEADER} needs the cluster secret in {SECRET_HEADER}")
+        try:
+            return msgspec.json.decode(text, type=Ticket)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise BadRequest(f"{TICKET_HEADER}: {error}", param=TICKET_HEADER) from None
+
+    def _setting(self, scope: Scope) -> Setting:
+        card = self._service.card()
+        return Setting(card, self._service.tokenizer, scope["twostroke.http_id"], int(time.time()))
+
+    async def _translate(self, translate: Translate, body: bytes, setting: Setting) -> Call:
+        if len(body) <= _BIG_BODY:
+            return translate(body, setting)
+        return await asyncio.to_thread(translate, body, setting)
+
+    @contextmanager
+    def _registered(self, http_id: str, call: Call, ticket: Ticket | None) -> Iterator[None]:
+        key = (http_id, ticket.side if ticket else "")
+        if key in self._live:
+            raise Conflict(f"a request with the {REQUEST_ID_HEADER} {http_id} is running")
+        self._live[key] = call.rid
+        try:
+            yield
+        finally:
+            del self._live[key]
+
+    async def _produce(self, call: Call, ticket: Ticket, send: Send) -> None:
+        count = await self._service.produce([job.request for job in call.jobs], ticket)
+        await reply(send, encode(Produced(ticket.id, count)))
+
+    async def _abort(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over."""
+        rid = sglang.abort(await read_body(scope, receive, self._max_body))
+        for http_id in {http_id for (http_id, _), own in self._live.items() if rid in (own, http_id)}:
+            self._service.abort(http_id)
+        await reply(send, b"")
+
+    # looking
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(openai.models(self._service.card())))
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(Health(*self._service.health())))
+
+    async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        health = Health(*self._service.health())
+        await reply(send, encode(health), 200 if health.state == "ready" else 503)
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, self._lifecycle.metrics(), headers=[(b"content-type", CONTENT_TYPE_LATEST.encode())])
+
+    async def _timeline(self, scope: Scope, receive: Receive, send: Send) -> None:
+        http_id = scope["path_params"]["id"]
+        events = self._lifecycle.timeline(http_id)
+        if not events:
+            raise NotFound(f"no request {http_id!r} is remembered here")
+        await reply(send, encode(Timeline(http_id, events)))
+
+    async def _health_generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """SGLang's deep health check: does a token come out?"""
+        card = self._service.card()
+        token = min(card.eos_token_ids, default=0)
+        request = Request(f"health-{uuid4().hex}/0/0", [token], Sampling(max_tokens=1, seed=0, temperature=0.0))
+        try:
+            async with asyncio.timeout(_PROBE_SECONDS), aclosing(self._service.generate(request, None)) as outputs:
+                async for output in outputs:
+                    if output.tokens or output.finish:
+                        break
+        except TimeoutError:
+            raise Unavailable(f"no token within {_PROBE_SECONDS:.0f} s") from None
+        await reply(send, encode(Health(*self._service.health())))
+
+    async def _model_info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(sglang.model_info(self._service.card())))
+
+    async def _server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(sglang.server_info(self._service.card(), self._service.health()[0])))
+
+
+class _Raw:
+    """Lets a bound method be a raw ASGI endpoint: Starlette takes plain functions and methods for its own kind."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
+def route(path: str, endpoint: Endpoint, method: str) -> Route:
+    """A route to a raw ASGI endpoint."""
+    return Route(path, _Raw(endpoint), methods=[method])
+
+
+# -- serving -----------------------------------------------------------------------------------------------------
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a taken port is known before anything heavy is loaded. Port 0 picks one.
+
+    Raises:
+        PortInUse: somebody else listens there.
+        StartupError: the address is not one of this machine, or not permitted.
+    """
+    if not 0 <= port <= 65535:
+        raise StartupError(f"cannot listen on port {port}: ports are 0 to 65535")
+    sock: socket.socket | None = None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for a port left in TIME_WAIT
+        sock.bind(address)
+        sock.listen(_BACKLOG)  # binding alone would not keep a second process out
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUse(f"port {port} on {host} is in use; choose another one with --port") from error
+        raise StartupError(f"cannot listen on {host} port {port}: {error}") from error
+    sock.setblocking(False)
+    return sock
+
+
+async def serve(
+    app: ASGIApp, sock: socket.socket, *, shutdown_seconds: float, stop: asyncio.Event | None = None
+) -> None:
+    """Serve until SIGINT, SIGTERM or ``stop``; then let requests finish for ``shutdown_seconds``, and end the rest.
+
+    What is still running after that gets a last error event. A second signal ends them at once. Returns normally,
+    so the caller can clean up and choose its exit status.
+    """
+    stop = stop or asyncio.Event()
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=math.ceil(shutdown_seconds),
+        )
+    )
+    with _signals(server, stop):
+        stopping = asyncio.ensure_future(_stop_on(server, stop))
+        try:
+            await server.serve(sockets=[sock])
+            if server.server_state.tasks:  # cancelled by now: let them say so
+                await asyncio.wait(server.server_state.tasks, timeout=1.0)
+        finally:
+            stopping.cancel()
+            sock.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to ``serve``: uvicorn would raise them again at the end, and kill the caller's clean-up."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _stop_on(server: _Server, stop: asyncio.Event) -> None:
+    await stop.wait()
+    server.should_exit = True
+
+
+@contextmanager
+def _signals(server: _Server, stop: asyncio.Event) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal() -> None:
+        server.force_exit = stop.is_set()
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,43 @@
+"""What the API needs from whatever generates: a worker's engine, or a scripted twin in tests."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from twostroke.messages import ModelCard, Output, Request, Ticket
+from twostroke.tokenizer import Tokenizer
+
+
+class Service(Protocol):
+    """Generates tokens. All methods are called on the event loop."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the served model. Only asked for after ``card`` has answered."""
+        ...
+
+    def card(self) -> ModelCard:
+        """What is served.
+
+        Raises:
+            Unavailable: the worker is starting or draining.
+        """
+        ...
+
+    def health(self) -> tuple[str, str]:
+        """The state ("starting", "ready" or "draining"), and in words what the worker is doing."""
+        ...
+
+    def generate(self, request: Request, ticket: Ticket | None) -> AsyncGenerator[Output, None]:
+        """Outputs of one sequence, the last one with ``finish`` set.
+
+        ``aclose`` aborts, and so does cancelling the reader. Raises ``RequestError``s.
+        """
+        ...
+
+    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> int:
+        """Be the prefill end of a hand-over. Returns the prompt tokens once the first tokens were sampled."""
+        ...
+
+    def abort(self, http_id: str) -> bool:
+        """End every sequence of this HTTP request with finish reason "abort". False if there is none."""
+        ...

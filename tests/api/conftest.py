@@ -1,0 +1,180 @@
+"""A scripted twin of a worker, a tiny real tokenizer, and a real server over a real socket."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from hypothesis import settings
+from openai import AsyncOpenAI
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from twostroke.api.call import Setting
+from twostroke.api.lifecycle import Lifecycle
+from twostroke.api.server import bind, build_app, serve
+from twostroke.errors import TwostrokeError, Unavailable
+from twostroke.messages import ModelCard, Output, Request, Ticket, Token
+from twostroke.tokenizer import Tokenizer
+
+settings.register_profile("no deadline", deadline=None)  # other processes may hold the cores
+settings.load_profile("no deadline")
+
+EOS = "<|end|>"
+MAX_LEN = 256
+MAX_BODY = 1 << 20
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}" + EOS + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_CORPUS = ["The quick brown fox jumps over the lazy dog.", "hello world, hello there", "你好世界", "naïve café 🙂"]
+
+
+def build_tokenizer(directory: Path, template: str | None = _CHAT_TEMPLATE) -> Tokenizer:
+    """A byte-level BPE tokenizer of a few hundred tokens, saved and loaded as a model's would be."""
+    rust = RustTokenizer(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    rust.train_from_iterator(
+        _CORPUS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False),
+    )
+    hf = PreTrainedTokenizerFast(tokenizer_object=rust, eos_token=EOS, clean_up_tokenization_spaces=False)
+    hf.chat_template = template
+    hf.save_pretrained(str(directory))
+    return Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def card(tokenizer: Tokenizer) -> ModelCard:
+    (eos,) = tokenizer.special_ids
+    vocab_size = max(tokenizer.encode("".join(map(chr, range(256))))) + 64
+    return ModelCard("tiny", vocab_size, MAX_LEN, frozenset({eos}), created=1_700_000_000)
+
+
+@pytest.fixture(scope="session")
+def setting(card: ModelCard, tokenizer: Tokenizer) -> Setting:
+    return Setting(card, tokenizer, "req-1", now=1_700_000_001)
+
+
+class ScriptedService:
+    """Answers every request with the same tokens, one an output, and notes what happens to its generators."""
+
+    def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.state = "ready"
+        self.script: list[int] = tokenizer.encode("hello world")
+        self.hang_after: int | None = None  # outputs, after which the generator waits forever
+        self.fail_after: int | None = None  # outputs, after which it raises ``error``
+        self.error: Exception = TwostrokeError("scripted")
+        self.requests: list[Request] = []
+        self.tickets: list[Ticket | None] = []
+        self.open = 0
+        self.opened: asyncio.Queue[str] = asyncio.Queue()  # request ids, as their generators start
+        self.closed = asyncio.Event()  # set when no generator is open any more
+        self._aborts: dict[str, asyncio.Event] = {}
+        self._card = card
+
+    def card(self) -> ModelCard:
+        if self.state != "ready":
+            raise Unavailable(f"the worker is {self.state}")
+        return self._card
+
+    def health(self) -> tuple[str, str]:
+        return self.state, "loading weights" if self.state == "starting" else ""
+
+    async def generate(self, request: Request, ticket: Ticket | None) -> AsyncGenerator[Output, None]:
+        self.requests.append(request)
+        self.tickets.append(ticket)
+        self.open += 1
+        self.opened.put_nowait(request.id)
+        self.closed.clear()
+        try:
+            for count, output in enumerate(self._outputs(request)):
+                await self._step(count, request)
+                yield Output([], "abort") if self._aborted(request) else output
+        finally:
+            self.open -= 1
+            if not self.open:
+                self.closed.set()
+
+    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> int:
+        self.requests.extend(requests)
+        self.tickets.append(ticket)
+        return sum(len(request.prompt) for request in requests)
+
+    def abort(self, http_id: str) -> bool:
+        self._aborts.setdefault(http_id, asyncio.Event()).set()
+        return True
+
+    def _aborted(self, request: Request) -> bool:
+        return request.http_id in self._aborts and self._aborts[request.http_id].is_set()
+
+    async def _step(self, count: int, request: Request) -> None:
+        await asyncio.sleep(0)
+        if count == self.fail_after:
+            raise self.error
+        if count == self.hang_after:
+            await self._aborts.setdefault(request.http_id, asyncio.Event()).wait()
+
+    def _outputs(self, request: Request) -> list[Output]:
+        sampling = request.sampling
+        ids = self.script[: sampling.max_tokens]
+        stopped = bool(ids) and ids[-1] in self._card.eos_token_ids | sampling.stop_token_ids
+        finish = "stop" if stopped else "length"
+        tokens = [self._token(token, sampling.logprobs) for token in ids]
+        outputs = [Output([token], None, cached_tokens=1) for token in tokens[:-1]]
+        return [*outputs, Output(tokens[-1:], finish, cached_tokens=1)]  # type: ignore[arg-type]
+
+    def _token(self, token: int, logprobs: int | None) -> Token:
+        if logprobs is None:
+            return Token(token)
+        return Token(token, -0.5, [((token + i) % 256, -0.5 - i) for i in range(logprobs)])
+
+
+class Running:
+    """A server in this event loop, and ways to call it."""
+
+    def __init__(self, url: str, service: ScriptedService, lifecycle: Lifecycle, http: aiohttp.ClientSession) -> None:
+        self.url = url
+        self.service = service
+        self.lifecycle = lifecycle
+        self.http = http
+        self.openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@asynccontextmanager
+async def running(service: ScriptedService, shutdown_seconds: int = 5) -> AsyncIterator[Running]:
+    lifecycle, stop, sock = Lifecycle("worker-0"), asyncio.Event(), bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    app = build_app(service, lifecycle, max_body=MAX_BODY)
+    serving = asyncio.create_task(serve(app, sock, shutdown_seconds=shutdown_seconds, stop=stop))
+    try:
+        async with aiohttp.ClientSession() as http:
+            server = Running(url, service, lifecycle, http)
+            yield server
+            await server.openai.close()
+    finally:
+        stop.set()
+        await serving
+
+
+@pytest.fixture
+def service(card: ModelCard, tokenizer: Tokenizer) -> ScriptedService:
+    return ScriptedService(card, tokenizer)
+
+
+@pytest.fixture
+async def server(service: ScriptedService) -> AsyncIterator[Running]:
+    async with running(service) as server:
+        yield server
