@@ -17,7 +17,7 @@ Policy = Literal["least-loaded", "round-robin"]
 GiB = 1 << 30
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _URL = re.compile(r"https?://[^/\s?#]+/?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,275 @@
+"""The command line: ``up``, ``serve``, ``router`` and ``chat``. Each verb fills a config and hands it to its process.
+
+What a process needs is imported when its verb is chosen, so that ``--help`` and the router never wait for torch.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from twostroke import __version__, config
+from twostroke.config import EngineConfig, RouterConfig, UpConfig, WorkerConfig, parse_size
+from twostroke.errors import StartupError
+from twostroke.messages import Role
+
+EXIT_USAGE = 2
+
+app = App(
+    name="twostroke",
+    help="Serve a language model with prefill and decode on different workers.",
+    help_epilogue="MODEL is a Hugging Face directory, a GGUF file or a hub id; without one, a small built-in model.",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+)
+
+Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+ParentPid = Annotated[int | None, Parameter(show=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of the engine, the same for one worker and for all workers of ``up``."""
+
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    "Numbers that weights and KV cache are made of."
+    max_model_len: int | None = None
+    "Longest prompt + answer, in tokens. [default: what model and KV memory allow]"
+    kv_memory: str = "1GiB"
+    "Size of each worker's KV cache."
+    block_size: int = 16
+    "Tokens in one KV block."
+    chunk_size: int = 512
+    "Most tokens in one engine step: decodes first, the rest for prefill."
+    threads: int | None = None
+    "CPU threads of each worker. [default: all cores; up divides them]"
+
+    def config(self) -> EngineConfig:
+        """The engine's configuration.
+
+        Raises:
+            StartupError: a number is out of range.
+        """
+        for name in ("block_size", "chunk_size", "max_model_len", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StartupError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        return EngineConfig(
+            dtype=self.dtype,
+            block_tokens=self.block_size,
+            kv_memory=parse_size(self.kv_memory),
+            max_model_len=self.max_model_len,
+            token_budget=self.chunk_size,
+            threads=self.threads or 0,
+        )
+
+
+DEFAULT_OPTIONS = EngineOptions()
+
+
+@app.command
+def up(
+    model: str | None = None,
+    /,
+    *,
+    prefill: int | None = None,
+    decode: int | None = None,
+    colocated: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    schedule: config.Schedule = "concurrent",
+    policy: config.Policy = "least-loaded",
+    insecure: bool = False,
+    options: EngineOptions = DEFAULT_OPTIONS,
+) -> int:
+    """Start the whole system on this machine: a router and its workers. Ctrl-C stops it.
+
+    Parameters
+    ----------
+    model
+        Hugging Face directory, GGUF file or hub id. [default: the built-in model]
+    prefill
+        Number of workers for prefill. [default: 1, or 0 beside other counts]
+    decode
+        Number of workers for decode. [default: 1, or 0 beside other counts]
+    colocated
+        Number of workers that do both. [default: 0]
+    host
+        Address that the router listens on.
+    port
+        Port that the router listens on.
+    schedule
+        Ask both workers at once, or decode after prefill.
+    policy
+        How workers are chosen.
+    insecure
+        Listen beyond this machine without a cluster secret.
+    """
+    from twostroke.up import run
+
+    unset = prefill is None and decode is None and colocated is None
+    counts = (1, 1, 0) if unset else (prefill or 0, decode or 0, colocated or 0)
+    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, options.config()))
+
+
+@app.command
+def serve(
+    model: str | None = None,
+    /,
+    *,
+    role: Role = "both",
+    name: str = "worker-0",
+    served_name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8100,
+    max_queue: int = 1024,
+    insecure: bool = False,
+    options: EngineOptions = DEFAULT_OPTIONS,
+    parent_pid: ParentPid = None,
+) -> int:
+    """Run one worker. It answers clients itself, or stands behind a router.
+
+    Parameters
+    ----------
+    model
+        Hugging Face directory, GGUF file or hub id. [default: the built-in model]
+    role
+        What the worker says it is for; it can do everything in any role.
+    name
+        Name of the worker in logs and timelines, the same after a restart.
+    served_name
+        Name of the model for clients. [default: after the model]
+    host
+        Address to listen on.
+    port
+        Port to listen on.
+    max_queue
+        Waiting requests beyond which new ones are refused (429).
+    insecure
+        Listen beyond this machine without a cluster secret.
+    """
+    _follow(parent_pid)
+    config.check_bind(host, config.cluster_secret(), insecure)
+    settings = WorkerConfig(
+        model=model,
+        served_name=served_name,
+        role=role,
+        name=name,
+        host=host,
+        port=_port(port),
+        engine=options.config(),
+        max_queue=max_queue,
+    )
+    from twostroke.worker.worker import run
+
+    return run(settings)
+
+
+@app.command
+def router(
+    *,
+    prefill: Urls = (),
+    decode: Urls = (),
+    colocated: Urls = (),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    schedule: config.Schedule = "concurrent",
+    policy: config.Policy = "least-loaded",
+    insecure: bool = False,
+    parent_pid: ParentPid = None,
+) -> int:
+    """Run a router over workers that run already, or will. TWOSTROKE_SECRET must be the same on all of them.
+
+    Parameters
+    ----------
+    prefill
+        URLs of workers to use for prefill, such as http://127.0.0.1:8100.
+    decode
+        URLs of workers to use for decode.
+    colocated
+        URLs of workers to use for both.
+    host
+        Address to listen on.
+    port
+        Port to listen on.
+    schedule
+        Ask both workers at once, or decode after prefill.
+    policy
+        How workers are chosen.
+    insecure
+        Listen beyond this machine without a cluster secret.
+    """
+    _follow(parent_pid)
+    config.check_bind(host, config.cluster_secret(), insecure)
+    config.check_pools(len(prefill), len(decode), len(colocated))
+    config.check_urls((*prefill, *decode, *colocated))
+    settings = RouterConfig(prefill, decode, colocated, schedule, policy, host, _port(port))
+    from twostroke.router.router import run
+
+    return run(settings)
+
+
+@app.command
+def chat(
+    *,
+    url: str = "http://127.0.0.1:8000",
+    system: str | None = None,
+    temperature: float = 0.7,
+    max_tokens: int | None = None,
+) -> int:
+    """Talk to a running server. /reset forgets, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+
+    Parameters
+    ----------
+    url
+        The router, or a worker.
+    system
+        System prompt. [default: the model's own]
+    temperature
+        Randomness of the answers; 0 is none.
+    max_tokens
+        Longest answer. [default: what the server allows]
+    """
+    from twostroke.chat import Chat
+
+    return Chat(url, system=system, temperature=temperature, max_tokens=max_tokens).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the verb and leave with its exit code: 2 if it could not start, with one line that says why."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the verb; its exit code."""
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _complain(f"{error}  (see `twostroke --help`)")
+    except StartupError as error:
+        return _complain(error.message)
+    except KeyboardInterrupt:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _complain(line: str) -> int:
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"twostroke: {line}")
+    return EXIT_USAGE
+
+
+def _port(port: int) -> int:
+    if not 1 <= port <= 65535:
+        raise StartupError(f"--port must be between 1 and 65535, not {port}")
+    return port
+
+
+def _follow(parent: int | None) -> None:
+    if parent is not None:
+        from twostroke.parent import follow
+
+        follow(parent)

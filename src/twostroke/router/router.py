@@ -1,0 +1,181 @@
+"""The router process: the token path to ``relay.py``, everything else answered or relayed here.
+
+Imports neither torch nor transformers, so that it starts in under a second.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+
+import aiohttp
+import msgspec
+import uvloop
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.routing import Router as Pages
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from twostroke.api.http import read_body
+from twostroke.api.lifecycle import Gauges, Lifecycle
+from twostroke.api.server import Boundary, Health, Timeline, bind, serve
+from twostroke.config import RouterConfig, cluster_secret
+from twostroke.errors import MethodNotAllowed, NotFound, Unavailable, WorkerLost
+from twostroke.messages import SECRET_HEADER, TimelineEvent, encode
+from twostroke.router.policy import Pool, choose
+from twostroke.router.registry import Registry, Worker
+from twostroke.router.relay import Relay
+
+SHUTDOWN_SECONDS = 10.0  # for requests in flight, once the router is told to stop
+TOKEN_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/generate"})
+RELAYED_PATHS = ("/v1/models", "/health_generate", "/get_model_info", "/get_server_info", "/server_info")
+_KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
+_ASK = aiohttp.ClientTimeout(total=5.0)  # a worker that only has to look something up
+_GENERATE = aiohttp.ClientTimeout(total=30.0)  # /health_generate waits for a token
+_JSON = "application/json"
+
+
+class Router:
+    """Everything that the router serves; ``app`` is the ASGI application."""
+
+    def __init__(self, config: RouterConfig, session: aiohttp.ClientSession, *, secret: str) -> None:
+        groups: list[tuple[tuple[str, ...], Pool]] = [
+            (config.prefill, "prefill"),
+            (config.decode, "decode"),
+            (config.colocated, "colocated"),
+        ]
+        urls = [(url.rstrip("/"), pool) for group, pool in groups for url in group]
+        self.registry = Registry(urls, session, secret=secret, heartbeat=config.heartbeat)
+        self.app: ASGIApp = Boundary(self._dispatch)
+        self._config = config
+        self._session = session
+        self._secret = {SECRET_HEADER: secret} if secret else {}
+        self._lifecycle = Lifecycle("router")
+        self._relay = Relay(self.registry, session, self._lifecycle, config, secret=secret)
+        self._lifecycle.watch(lambda: Gauges(running=self._relay.in_flight, waiting=0))
+        self._pages = Pages(
+            [
+                Route("/health", self._health),
+                Route("/ready", self._ready),
+                Route("/workers", self._workers),
+                Route("/metrics", self._metrics),
+                Route("/debug/requests/{id:path}", self._timeline),
+                Route("/abort_request", self._abort, methods=["POST"]),
+                *(Route(path, self._from_a_worker) for path in RELAYED_PATHS),
+            ],
+            redirect_slashes=False,
+        )
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Requests for tokens go by the short way."""
+        if scope["path"] not in TOKEN_PATHS:
+            await self._pages(scope, receive, send)
+        elif scope["method"] == "POST":
+            await self._relay(scope, receive, send)
+        else:
+            raise MethodNotAllowed(f"{scope['method']} is not allowed on {scope['path']}")
+
+    # about the router itself
+
+    async def _health(self, request: Request) -> Response:
+        """The process lives, whatever its workers do."""
+        return _json(Health("ready", "routing"))
+
+    async def _ready(self, request: Request) -> Response:
+        """200 when some route can be served and no worker is still on its way."""
+        try:
+            choose(self.registry.workers, self._config.policy, 0)
+        except Unavailable as error:
+            return _json(Health("starting", error.message), 503)
+        if waited_for := self.registry.waited_for():
+            return _json(Health("starting", "; ".join(f"{w.id} is {w.state}: {w.detail}" for w in waited_for)), 503)
+        return _json(Health("ready", "routing"))
+
+    async def _workers(self, request: Request) -> Response:
+        """All workers, as they are now."""
+        await self.registry.look()
+        return _json([worker.report() for worker in self.registry.workers])
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self._lifecycle.metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def _timeline(self, request: Request) -> Response:
+        """What the router and all workers remember of a request, by time."""
+        id_: str = request.path_params["id"]
+        answers = await asyncio.gather(*(self._timeline_of(worker, id_) for worker in self.registry.workers))
+        events = [*self._lifecycle.timeline(id_), *(event for answer in answers for event in answer)]
+        if not events:
+            raise NotFound(f"no request {id_!r} is remembered")
+        return _json(Timeline(id_, sorted(events, key=lambda event: event.time)))
+
+    async def _timeline_of(self, worker: Worker, id_: str) -> Sequence[TimelineEvent]:
+        """Empty if the worker does not know the request, or is not there: the rest is still worth seeing."""
+        try:
+            reply = await self._ask(worker, "GET", f"/debug/requests/{id_}")
+            return msgspec.json.decode(reply.body, type=Timeline).events if reply.status_code == 200 else ()
+        except (WorkerLost, msgspec.MsgspecError):
+            return ()
+
+    # asked of workers
+
+    async def _from_a_worker(self, request: Request) -> Response:
+        """What every worker answers alike: ask the first that is ready."""
+        for worker in self.registry.workers:
+            if worker.ready:
+                return await self._ask(worker, "GET", request.url.path)
+        raise Unavailable("no worker is ready")
+
+    async def _abort(self, request: Request) -> Response:
+        """Any worker may have the request, and those that do not have it do not mind."""
+        body = await read_body(request.scope, request.receive, self._config.max_body)
+        present = [worker for worker in self.registry.workers if worker.state in ("ready", "draining")]
+        asked = (self._ask(worker, "POST", "/abort_request", body) for worker in present)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        replies = [answer for answer in answers if isinstance(answer, Response)]
+        if not replies:
+            raise Unavailable("no worker is ready")
+        return min(replies, key=lambda reply: reply.status_code)
+
+    async def _ask(self, worker: Worker, method: str, path: str, body: bytes | None = None) -> Response:
+        timeout = _GENERATE if path == "/health_generate" else _ASK
+        headers = {**self._secret, "content-type": _JSON}
+        try:
+            async with self._session.request(
+                method, worker.url + path, data=body, headers=headers, timeout=timeout
+            ) as reply:
+                return Response(await reply.read(), reply.status, media_type=reply.headers.get("content-type", _JSON))
+        except (aiohttp.ClientError, OSError) as error:
+            raise WorkerLost(f"worker {worker.id} does not answer: {error}") from error
+
+
+def _json(message: object, status: int = 200) -> Response:
+    return Response(encode(message), status, media_type=_JSON)
+
+
+def run(config: RouterConfig) -> int:
+    """Route until SIGINT or SIGTERM; the exit code.
+
+    Raises:
+        StartupError: the port is taken, or the address is not ours.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sock = bind(config.host, config.port)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(config, sock))
+    return 0
+
+
+async def _run(config: RouterConfig, sock: socket.socket) -> None:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE)
+    async with aiohttp.ClientSession(
+        connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+    ) as session:
+        router = Router(config, session, secret=cluster_secret())
+        watching = asyncio.create_task(router.registry.watch())
+        try:
+            await serve(router.app, sock, shutdown_seconds=SHUTDOWN_SECONDS)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)

@@ -1,0 +1,171 @@
+"""The command line: what it shows, what it refuses, and what it hands on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from twostroke import __version__, cli
+from twostroke.config import EngineConfig, RouterConfig, UpConfig, WorkerConfig
+
+VERBS = ["up", "serve", "router", "chat"]
+
+
+def taken(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[str]) -> object:
+    """The config that ``arguments`` make; the process itself is not started."""
+    configs: list[object] = []
+
+    def run(config: object) -> int:
+        configs.append(config)
+        return 7
+
+    monkeypatch.setattr(f"{module}.run", run)
+    assert cli.run(arguments) == 7
+    return configs[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What stderr says about arguments that cannot be started: one line."""
+    assert cli.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("twostroke: ")
+    assert err.count("\n") == 1
+    return err
+
+
+# -- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_a_screen(verb: str) -> None:
+    command = [sys.executable, "-m", "twostroke", *filter(None, [verb]), "--help"]
+    environment = {**os.environ, "COLUMNS": "100"}
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    assert 5 < len(shown) <= 40
+    assert max(len(line) for line in shown) <= 100
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_defaults(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert "[default: " in shown
+    assert "parent-pid" not in shown
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_torch_is_not_imported_for_the_command_line() -> None:
+    code = "import sys, twostroke.cli, twostroke.up; twostroke.cli.run(['up', '--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (("up", "--prefil", "2"), "--prefill"),
+        (("serve", "--rol", "decode"), "--role"),
+        (("router", "--decod", "http://a:1"), "--decode"),
+        (("serv",), "serve"),
+        (("chatt",), "chat"),
+    ],
+)
+def test_the_right_word_is_suggested(
+    arguments: tuple[str, ...], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"Did you mean {suggestion}" in refused(capsys, *arguments).replace('"', "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("up", "--prefill", "two"), "--prefill"),
+        (("up", "--prefill", "0", "--decode", "0"), "no workers"),
+        (("up", "--prefill", "2"), "--decode"),
+        (("up", "--decode", "1"), "--prefill"),
+        (("up", "--colocated", "-1"), "negative"),
+        (("up", "--schedule", "later"), "concurrent"),
+        (("up", "--port", "0"), "--port"),
+        (("up", "--port", "65536"), "--port"),
+        (("up", "--host", "0.0.0.0"), "cluster secret"),
+        (("up", "--kv-memory", "lots"), "not a size"),
+        (("up", "--block-size", "0"), "--block-size"),
+        (("up", "--chunk-size", "-5"), "--chunk-size"),
+        (("up", "--threads", "-1"), "--threads"),
+        (("up", "/no/such/model", "--port", "18923"), "no such model"),
+        (("up", "a", "b"), "b"),
+        (("serve", "--role", "colocated"), "both"),
+        (("serve", "--host", "0.0.0.0"), "cluster secret"),
+        (("serve", "--dtype", "int4"), "bfloat16"),
+        (("router",), "no workers"),
+        (("router", "--prefill", "http://a:1"), "--decode"),
+        (("router", "--colocated", "localhost:8100"), "http://"),
+        (("router", "--colocated", "http://a:1", "http://a:1"), "more than once"),
+        (("chat", "--url", "nowhere"), "not a URL"),
+        (("chat", "--url", "http://127.0.0.1:1"), "no server answers"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TWOSTROKE_SECRET", raising=False)
+    assert words in refused(capsys, *arguments)
+
+
+def test_a_broken_command_exits_with_2_and_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-m", "twostroke", "router"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+# -- what is handed on -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        ([], (1, 1, 0)),
+        (["--colocated", "2"], (0, 0, 2)),
+        (["--prefill", "2", "--decode", "3"], (2, 3, 0)),
+        (["--prefill", "1", "--colocated", "1"], (1, 0, 1)),
+    ],
+)
+def test_up_counts(monkeypatch: pytest.MonkeyPatch, arguments: list[str], counts: tuple[int, int, int]) -> None:
+    config = taken(monkeypatch, "twostroke.up", ["up", *arguments])
+    assert isinstance(config, UpConfig)
+    assert (config.prefill, config.decode, config.colocated) == counts
+
+
+def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "up m --host ::1 --port 9 --schedule serial --policy round-robin --insecure --dtype float32"
+    flags += " --max-model-len 99 --kv-memory 2MiB --block-size 8 --chunk-size 64 --threads 3"
+    engine = EngineConfig(
+        dtype="float32", block_tokens=8, kv_memory=2 << 20, max_model_len=99, token_budget=64, threads=3
+    )
+    assert taken(monkeypatch, "twostroke.up", flags.split()) == UpConfig(
+        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine
+    )
+
+
+def test_no_flags_mean_the_configs_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert taken(monkeypatch, "twostroke.up", ["up"]) == UpConfig()
+    assert taken(monkeypatch, "twostroke.worker.worker", ["serve"]) == WorkerConfig()
+    urls = ("http://a:1",)
+    assert taken(monkeypatch, "twostroke.router.router", ["router", "--colocated", *urls]) == RouterConfig(
+        colocated=urls
+    )
+
+
+def test_router_takes_several_urls_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "router --prefill http://a:1 http://b:1 --decode http://c:1 --decode http://d:1"
+    config = taken(monkeypatch, "twostroke.router.router", flags.split())
+    assert config == RouterConfig(prefill=("http://a:1", "http://b:1"), decode=("http://c:1", "http://d:1"))

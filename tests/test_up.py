@@ -1,0 +1,96 @@
+"""Planning the processes of one machine, and the life of a child. The whole system is tested end to end elsewhere."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twostroke import up
+from twostroke.children import Child
+from twostroke.cli import app
+from twostroke.config import EngineConfig, UpConfig
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5), st.integers(1, 64))
+def test_cores_are_divided_whole(prefill: int, decode: int, colocated: int, cores: int) -> None:
+    config = UpConfig(prefill=prefill, decode=decode, colocated=colocated)
+    plans = up.plan_workers(config, cores, range(100, 200))
+    threads = [plan.threads for plan in plans]
+    assert len({plan.name for plan in plans}) == len({plan.port for plan in plans}) == prefill + decode + colocated
+    assert min(threads) >= 1
+    assert max(threads) - min(threads) <= 1
+    assert sum(threads) == max(cores, len(plans))
+
+
+def test_threads_that_were_asked_for_are_given() -> None:
+    plans = up.plan_workers(UpConfig(engine=EngineConfig(threads=3)), 2, [1, 2])
+    assert [plan.threads for plan in plans] == [3, 3]
+
+
+def test_free_ports_differ() -> None:
+    assert len(set(up.free_ports(20))) == 20
+
+
+@pytest.mark.parametrize(
+    "config", [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EngineConfig(max_model_len=9))]
+)
+def test_the_children_understand_their_command_lines(config: UpConfig) -> None:
+    plans = up.plan_workers(config, 4, range(8100, 8110))
+    for arguments in (*(up.serve_arguments(plan, config) for plan in plans), up.router_arguments(plans, config)):
+        command, bound, _ = app.parse_args([*arguments, "--parent-pid", "1"], exit_on_error=False)
+        assert command.__name__ == arguments[0]
+        assert bound.arguments["parent_pid"] == 1
+
+
+async def test_a_child_reports_its_lines_and_its_end() -> None:
+    lines: list[tuple[str, str]] = []
+    child = await Child.start("x", ["router"], os.environ, lambda *line: lines.append(line))
+    async with asyncio.timeout(20):
+        await child.ended
+    assert not child.running
+    assert lines == [("x", next(iter(child.last_lines)))]
+    assert child.epitaph().startswith("x ended with exit code 2\n  twostroke: no workers")
+    child.signal(signal.SIGTERM)  # to nobody
+
+
+async def test_a_killed_child_says_by_what() -> None:
+    child = await Child.start("x", ["router", "--colocated", "http://127.0.0.1:1"], os.environ, lambda *_: None)
+    child.signal(signal.SIGKILL)
+    async with asyncio.timeout(20):
+        await child.ended
+    assert child.epitaph() == "x was killed by SIGKILL"
+
+
+def test_a_child_dies_with_its_parent_however_that_dies() -> None:
+    child = textwrap.dedent("""
+        import os, time
+        from twostroke.parent import follow
+        follow(os.getppid())
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    """)
+    parent = textwrap.dedent(f"""
+        import subprocess, sys, time
+        subprocess.Popen([sys.executable, "-c", {child!r}])
+        time.sleep(60)
+    """)
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        process.kill()
+    if psutil.pid_exists(pid):
+        psutil.wait_procs([psutil.Process(pid)], timeout=5)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
+    code = "from twostroke.parent import follow; follow(1); print('alive')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
