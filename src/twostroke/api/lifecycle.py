@@ -5,6 +5,7 @@ The worker stamps (with these details where it knows them; numbers are counts un
 =================  =====================================================================================
 received           ``prompt_tokens``
 admitted           the queue time ends
+readmitted         it was preempted, and holds slots again
 prefill_started    ``cached_tokens``: of the prompt, not to be computed
 prefill_ended
 attached           the other end of a hand-over is there
@@ -97,6 +98,7 @@ class Lifecycle:
         self._itl = self._histogram("inter_token_latency_seconds", "Gap between outputs, per token.", _SHORT)
         self._tpot = self._histogram("request_time_per_output_token_seconds", "Mean gap after the first.", _SHORT)
         self._outcomes = self._counter("requests", "Sequences ended.", "outcome", "reason")
+        self._preemptions = self._counter("preemptions", "Times that a sequence lost its slots and started over.")
         self._handovers = self._counter("handovers", "Hand-overs consumed.", "outcome")
 
     def stamp(self, request_id: str, event: str, **detail: str | int | float) -> None:
@@ -105,6 +107,8 @@ class Lifecycle:
         http_id, _, sequence_id = request_id.partition("/")
         if sequence_id and sequence_id != "0/0":
             detail["sequence"] = sequence_id
+        if event == "readmitted":
+            self._preemptions.inc()
         with self._lock:
             timeline = self._timelines.get(http_id) or self._open(http_id)
             if len(timeline.events) < MAX_EVENTS:

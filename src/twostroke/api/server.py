@@ -377,6 +377,8 @@ async def serve(
             http="httptools",
             ws="none",
             lifespan="off",
+            interface="asgi3",
+            proxy_headers=False,  # who connects is nobody's business here, and it costs every request
             access_log=False,
             log_config=None,
             server_header=False,

@@ -20,10 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class Admitted(NamedTuple):
-    """The sequence holds these slots, in block order; the KV of its first ``computed`` tokens is there."""
+    """The sequence holds these slots, in block order; the KV of its first ``computed`` tokens is there.
+
+    ``again`` after it was preempted.
+    """
 
     slots: list[int]
     computed: int
+    again: bool = False
 
 
 class Progress(NamedTuple):
@@ -40,6 +44,7 @@ class Job:
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
+        self.admitted = False  # at least once
         self.started = False  # whether its first chunk was planned; the engine thread's
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
 
@@ -218,10 +223,12 @@ class Engine:
     # -- under the lock ------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        admitted = self.scheduler.admit()
-        self._deliver(
-            [(self._jobs[sequence], Admitted(list(sequence.slots()), sequence.computed)) for sequence in admitted]
-        )
+        updates: list[tuple[Job, Update]] = []
+        for sequence in self.scheduler.admit():
+            job = self._jobs[sequence]
+            updates.append((job, Admitted(list(sequence.slots()), sequence.computed, job.admitted)))
+            job.admitted = True
+        self._deliver(updates)
 
     def _announce(self, chunks: list[Chunk]) -> None:
         jobs = [job for chunk in chunks if (job := self._jobs.get(chunk.sequence)) and not job.started]

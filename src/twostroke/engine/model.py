@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from twostroke.engine import attention
 from twostroke.engine.attention import Batch, Prefill
@@ -124,6 +125,7 @@ class Model:
 
 
 def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    disable_progress_bar()
     try:
         network = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True

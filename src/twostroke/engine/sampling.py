@@ -28,6 +28,7 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
+@torch.inference_mode()  # as the model's: its logits may not be changed in place outside
 def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Token]:
     """Pick one token for each row.
 

@@ -134,6 +134,9 @@ class Scheduler:
     def resume(self, sequence: Sequence, first: Token | None = None) -> None:
         """Nothing more is loaded: compute what is missing. ``first`` is an output token that is already known;
         the sequence is finished at once if it was to have no other.
+
+        If every block came but not the first token, the last prompt token has to be computed again, for its logits.
+        Its block can be found by now and must not be written: the sequence is admitted anew, sharing those before it.
         """
         assert sequence.state is State.LOADING, f"{sequence.state} sequence cannot resume"
         sequence.loads = False
@@ -142,6 +145,8 @@ class Scheduler:
             self._append(sequence, first.id)
             if sequence.finish is not None:
                 self._retire(sequence)
+        elif sequence.computed == len(sequence.tokens):
+            self._preempt(sequence)
 
     def ending(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Whether ``token``, as the next output token, ends the sequence."""
@@ -176,7 +181,8 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.computed, 1))
                 budget -= 1
         for sequence in prefilling:
-            if budget and sequence.state is State.RUNNING:
+            # Room is there since admission, but for a first token that came with an incomplete hand-over.
+            if budget and sequence.state is State.RUNNING and self._make_room(sequence):
                 size = min(budget, len(sequence.tokens) - sequence.computed)
                 chunks.append(Chunk(sequence, sequence.computed, size))
                 budget -= size
@@ -237,11 +243,15 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A slot for the last token of ``sequence``, preempting later arrivals, at worst itself."""
+        """A slot for the last token of ``sequence``, preempting later arrivals, at worst itself.
+
+        Who exports is spared: its exported blocks would stay held, so that it could stand in the way of everybody, and
+        it has all its slots and ends with its prefill.
+        """
         assert sequence.lease is not None, "a running sequence holds slots"
         needed = -(-len(sequence.tokens) // self.block_tokens) - len(sequence.lease.slots)
         while not sequence.lease.grow(needed):
-            victims = [other for other in self.running if other.state is State.RUNNING]
+            victims = [o for o in self.running if o.state is State.RUNNING and (o.exports is None or o is sequence)]
             victim = max(victims, key=lambda other: (other.request.priority, other.order))
             self._preempt(victim)
             if victim is sequence:

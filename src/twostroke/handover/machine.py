@@ -81,9 +81,9 @@ class ConsumerAction(Enum):
     ABORT = "end the request in the engine"
 
 
-State = TypeVar("State", ProducerState, ConsumerState)
-Event = TypeVar("Event", ProducerEvent, ConsumerEvent)
-Action = TypeVar("Action", ProducerAction, ConsumerAction)
+State = TypeVar("State", bound=Enum)
+Event = TypeVar("Event", bound=Enum)
+Action = TypeVar("Action", bound=Enum)
 Table = Mapping[tuple[State, Event], tuple[State, tuple[Action, ...]]]
 
 _P, _p, _pa = ProducerState, ProducerEvent, ProducerAction

@@ -58,6 +58,10 @@ class PoolMemory:
         os.close(self._fd)
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # whatever the peer names: a pipe must not make us wait
+
+
 def map_peer(address: PoolAddress) -> Bytes:
     """A peer's slots, read-only, ``uint8 [num_slots, block_bytes]``. Unmapped when the array is dropped.
 
@@ -68,7 +72,7 @@ def map_peer(address: PoolAddress) -> Bytes:
         raise HandoverFailed("the peer's pool is on another machine: shared memory cannot reach it")
     size = HEADER + address.num_slots * address.block_bytes
     try:
-        with open(f"/proc/{address.pid}/fd/{address.fd}", "rb") as file:
+        with open(f"/proc/{address.pid}/fd/{address.fd}", "rb", opener=_open_at_once) as file:
             view = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     except (OSError, ValueError) as error:
         raise HandoverFailed(f"the peer's pool cannot be mapped: {error}") from error

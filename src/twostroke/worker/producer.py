@@ -122,7 +122,7 @@ class Producer:
         self._attach_timeout = attach_timeout
         self._heartbeat = heartbeat
         self._exports: dict[str, Export] = {}
-        self._over: OrderedDict[str, str] = OrderedDict()  # id → why
+        self._over: OrderedDict[tuple[str, int], str] = OrderedDict()  # id and attempt → why
 
     async def produce(self, request: Request, handover: str, attempt: int) -> AsyncGenerator[tuple[Job, Update], None]:
         """Compute a prompt for a consumer; give its job's updates, the last of which is the first token.
@@ -133,7 +133,7 @@ class Producer:
             Conflict: the same hand-over was asked for before.
             RequestError: the prefill failed, or the consumer ended it.
         """
-        export = self._exports.get(handover) or self._new(handover, attempt)
+        export = self._export(handover, attempt)
         if not export.accepts(ProducerEvent.REQUEST) or export.attempt != attempt:
             raise Conflict(f"hand-over {handover} is under way already, as attempt {export.attempt}")
         reason = "the prefill was aborted"
@@ -153,13 +153,13 @@ class Producer:
             if export.first is None:
                 export.fail(reason)
 
-    def refuse(self, handover: str, reason: str) -> None:
+    def refuse(self, handover: str, attempt: int, reason: str) -> None:
         """The request of this hand-over was turned down: tell its consumer, now or when it comes."""
         export = self._exports.get(handover)
         if export is not None:
             export.fail(reason)
         else:
-            self._bury(handover, reason)
+            self._bury(handover, attempt, reason)
 
     async def attach(self, message: Attach) -> AsyncGenerator[Event, None]:
         """Publish a hand-over to its consumer, from block ``message.have`` on, until it ends.
@@ -212,9 +212,9 @@ class Producer:
                 f"layouts differ: the consumer has {message.fingerprint} (protocol {message.protocol}), "
                 f"the producer {fingerprint} (protocol {PROTOCOL}); serve the same model, dtype and block size"
             )
-        if message.handover in self._over:
-            raise Conflict(f"hand-over {message.handover} is over: {self._over[message.handover]}")
-        export = self._exports.get(message.handover) or self._new(message.handover, message.attempt)
+        if reason := self._over.get((message.handover, message.attempt)):
+            raise Conflict(f"hand-over {message.handover} is over: {reason}")
+        export = self._export(message.handover, message.attempt)
         if not export.accepts(ProducerEvent.ATTACH) or export.attempt != message.attempt:
             raise Conflict(f"hand-over {message.handover} has a consumer already, or is attempt {export.attempt}")
         return export
@@ -239,10 +239,18 @@ class Producer:
             export.changed.clear()
         yield Ended(None if sampled else export.error or "the producer gave up waiting for the request")
 
+    def _export(self, handover: str, attempt: int) -> Export:
+        """The present export of a hand-over. A newer attempt takes the place of an older one."""
+        export = self._exports.get(handover)
+        if export is not None and export.attempt < attempt:
+            export.fail(f"attempt {attempt} took its place")
+            export = None
+        return export or self._new(handover, attempt)
+
     def _new(self, handover: str, attempt: int) -> Export:
         def closed(export: Export) -> None:
             del self._exports[handover]
-            self._bury(handover, export.error or "it was released, or expired")
+            self._bury(handover, attempt, export.error or "it was released, or expired")
 
         export = Export(
             attempt,
@@ -254,7 +262,7 @@ class Producer:
         self._exports[handover] = export
         return export
 
-    def _bury(self, handover: str, reason: str) -> None:
-        self._over[handover] = reason
+    def _bury(self, handover: str, attempt: int, reason: str) -> None:
+        self._over[handover, attempt] = reason
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)

@@ -215,7 +215,7 @@ class Worker:
         try:
             self._admit(request)
         except RequestError as error:
-            self.producer.refuse(handover, error.message)
+            self.producer.refuse(handover, ticket.attempt, error.message)
             raise
         one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
         request = msgspec.structs.replace(request, sampling=one_token)
@@ -230,10 +230,12 @@ class Worker:
         stamp, id_ = self.lifecycle.stamp, sequence.request.id
         match update:
             case Admitted():
-                stamp(id_, "admitted", slots=len(update.slots))
+                stamp(id_, "readmitted" if update.again else "admitted", slots=len(update.slots))
             case Progress(0):
                 stamp(id_, "prefill_started", cached_tokens=sequence.cached)
             case Output() if first and update.tokens:
+                if job.started:  # else the producer sampled it
+                    stamp(id_, "prefill_ended")
                 stamp(id_, "first_token")
             case _:
                 pass

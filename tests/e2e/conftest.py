@@ -1,0 +1,78 @@
+"""The embedded model and what transformers itself generates with it, the reference of all end-to-end tests."""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.prompts import LONGEST, TEXTS
+from tests.e2e.system import System, descendants, launch
+from twostroke import models
+
+FLOAT32 = ("--dtype", "float32")
+ROLES = {"prefill-0": "prefill", "decode-0": "decode"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """No process and no shared-memory file outlives the tests."""
+    before = set(os.listdir("/dev/shm"))
+    yield
+    assert descendants() == []
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The embedded model's directory."""
+    return models.resolve(None, lambda _: None)
+
+
+class Reference:
+    """Greedy generation by transformers, in float32, one prompt at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.generate = cache(self._generate)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids."""
+        return tuple(self._tokenizer(text).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def prompts(self) -> list[tuple[int, ...]]:
+        """All test prompts: 1 to 4,000 tokens."""
+        return [self.encode(text) for text in TEXTS] + [self.encode(LONGEST)[:4000]]
+
+    def _generate(self, prompt: tuple[int, ...], tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=self._model.config.vocab_size,  # no such token: never ends early, like ignore_eos
+                pad_token_id=0,
+            )
+        return [int(token) for token in out[0, len(prompt) :]]
+
+
+@pytest.fixture(scope="session")
+def reference(embedded: Path) -> Reference:
+    return Reference(embedded)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """One prefill and one decode worker in float32, with chunks shorter than most prompts."""
+    with launch(tmp_path_factory.mktemp("logs"), ROLES, engine=[*FLOAT32, "--chunk-size", "192"]) as running:
+        yield running
