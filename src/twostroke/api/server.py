@@ -347,8 +347,12 @@ def bind(host: str, port: int) -> socket.socket:
         raise StartupError(f"cannot listen on port {port}: ports are 0 to 65535")
     sock: socket.socket | None = None
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # With the protocol left out, asyncio would not know TCP when it sees it and leave Nagle's algorithm on.
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not for a port left in TIME_WAIT
         sock.bind(address)
         sock.listen(_BACKLOG)  # binding alone would not keep a second process out

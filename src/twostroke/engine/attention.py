@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from twostroke.engine.paged_decode import paged_decode
 
 NAME = "twostroke"
+_TILE = 192  # rows of a chunk that attend together: SDPA skips nothing that its mask hides, so the tiles must
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,10 @@ class Prefill:
     table: torch.Tensor  # int64 [blocks]: slots of tokens 0 .. start + count - 1
     _masks: dict[int, torch.Tensor] = field(default_factory=dict)  # by window; the same for all layers of a step
 
-    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """What each row may see, as a bias ``[count, start + count]``; ``None`` if plain causality says it."""
-        end = self.start + self.count
-        if not self.start and window >= end:
-            return None
+    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor:
+        """What each row may see, as a bias ``[count, start + count]``."""
         if window not in self._masks:
+            end = self.start + self.count
             row = torch.arange(self.start, end)[:, None]
             column = torch.arange(end)
             hidden = (column > row) | (column <= row - window)
@@ -90,8 +89,7 @@ def attention(
         out[0, :decodes] = _decode_rows(batch, layer, query[0, :, :decodes].transpose(0, 1), scaling, window)
     for prefill in batch.prefills:
         rows_of = slice(prefill.first, prefill.first + prefill.count)
-        attended = _prefill(batch, layer, prefill, query[:, :, rows_of], scaling, window)
-        out[:, rows_of] = attended.transpose(1, 2)
+        _prefill(batch, layer, prefill, query[:, :, rows_of], out[:, rows_of].transpose(1, 2), scaling, window)
     return out, None
 
 
@@ -99,17 +97,29 @@ AttentionInterface.register(NAME, attention)
 
 
 def _prefill(
-    batch: Batch, layer: int, prefill: Prefill, query: torch.Tensor, scaling: float, window: int
-) -> torch.Tensor:
-    """One chunk against its whole context; ``[1, heads, count, head_dim]``."""
-    end = prefill.start + prefill.count
+    batch: Batch,
+    layer: int,
+    prefill: Prefill,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    scaling: float,
+    window: int,
+) -> None:
+    """One chunk against its whole context, into ``out``; ``query`` and ``out`` are ``[1, heads, count, head_dim]``."""
     context = batch.kv[prefill.table, layer]  # a copy: [blocks, 2, kv_heads, block_tokens, head_dim]
-    context = context.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end]
+    keys, values = context.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None]
     mask = prefill.mask(window, query.dtype)
-    return scaled_dot_product_attention(
-        query, context[None, 0], context[None, 1], attn_mask=mask, is_causal=mask is None, scale=scaling,
-        enable_gqa=query.shape[1] != context.shape[1],
-    )  # fmt: skip
+    for first in range(0, prefill.count, _TILE):
+        last = min(first + _TILE, prefill.count)
+        seen = prefill.start + last
+        out[:, :, first:last] = scaled_dot_product_attention(
+            query[:, :, first:last],
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            attn_mask=mask[first:last, :seen],
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
 
 
 def _decode_rows(batch: Batch, layer: int, query: torch.Tensor, scaling: float, window: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 
 import aiohttp
@@ -54,8 +55,11 @@ class Worker:
         Raises:
             StartupError: the worker cannot start.
         """
-        loaded = await asyncio.to_thread(load, self._config, self._instance, self._say)
-        loaded.engine.start(asyncio.get_running_loop(), died.set)
+        loop = asyncio.get_running_loop()
+        # In a thread that ends: were it kept, its OpenMP threads would compete with the engine's at every operation.
+        with ThreadPoolExecutor(1) as loader:
+            loaded = await loop.run_in_executor(loader, load, self._config, self._instance, self._say)
+        loaded.engine.start(loop, died.set)
         self._say("warming up")
         await _warm_up(loaded)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
