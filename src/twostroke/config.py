@@ -44,6 +44,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineConfig = EngineConfig()
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
+    progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
     attach_timeout: float = 5.0  # how long either end waits for the other to appear
     max_queue: int = 1024  # waiting requests, above which new ones get 429
     max_body: int = 16 << 20  # bytes

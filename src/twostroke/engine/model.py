@@ -8,6 +8,7 @@ import numba
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -130,10 +131,14 @@ def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         network = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
     if not getattr(network, "_supports_attention_backend", False):
         raise ModelError(f"{type(network).__name__} does not call transformers' attention interface")
+    if getattr(network.config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in network.modules()):
+        raise ModelError(f"{type(network).__name__} needs attention soft-capping or sinks, which are not supported")
+    if any(getattr(module, "is_causal", True) is False for module in network.modules()):
+        raise ModelError(f"{directory} is not a causal language model: its tokens see those after them")
     return network.eval().requires_grad_(False)
 
 

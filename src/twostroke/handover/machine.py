@@ -3,7 +3,7 @@
 ``(state, event) → (state, actions)``. An event that a state does not list is illegal and raises: a driver that gets
 there has a bug, or a peer broke the protocol. There are no sockets, clocks or threads here; drivers
 (`worker/producer.py`, `worker/consumer.py`) turn what happens into events and carry out the actions.
-``docs/handover.md`` is generated from these tables.
+``docs/handover.md`` is generated from these tables (`diagram.py`).
 """
 
 from collections.abc import Mapping
@@ -162,12 +162,3 @@ class Machine(Generic[State, Event, Action]):
     def accepts(self, event: Event) -> bool:
         """Whether the event is legal now."""
         return (self.state, event) in self._table
-
-
-def diagram(table: Table[State, Event, Action]) -> str:
-    """The table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2"]
-    for (state, event), (target, actions) in table.items():
-        does = f": {event.name}" + (f" / {', '.join(action.name for action in actions)}" if actions else "")
-        lines.append(f"    {state.name} --> {target.name}{does}")
-    return "\n".join(lines)

@@ -58,6 +58,11 @@ class PoolMemory:
         os.close(self._fd)
 
 
+def has_pool(address: PoolAddress) -> bool:
+    """Whether a process still keeps a file where the address says."""
+    return os.path.lexists(f"/proc/{address.pid}/fd/{address.fd}")
+
+
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # whatever the peer names: a pipe must not make us wait
 

@@ -30,6 +30,19 @@ class Link(Protocol):
         ...
 
 
+def check_read(own: Bytes, peer: PoolAddress, remote: Sequence[Slot]) -> None:
+    """Refuse what the peer's own address rules out.
+
+    Raises:
+        HandoverFailed: its slots have another size than ours (``own``), or ``remote`` is not within its pool.
+    """
+    if peer.block_bytes != own.shape[1]:
+        raise HandoverFailed(f"the peer's slots have {peer.block_bytes} bytes, ours {own.shape[1]}")
+    for slot in remote:
+        if not 0 <= slot < peer.num_slots:
+            raise HandoverFailed(f"slot {slot} is outside the peer's pool of {peer.num_slots}")
+
+
 class MemoryLink:
     """The twin for tests: peers are arrays of this process, by instance."""
 
@@ -41,9 +54,11 @@ class MemoryLink:
 
     async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
         """See ``Link.read``."""
-        if peer.instance not in self._peers:
-            raise HandoverFailed(f"no peer {peer.instance}")
-        self._own[list(local)] = self._peers[peer.instance][list(remote)]
+        check_read(self._own, peer, remote)
+        slots = self._peers.get(peer.instance)
+        if slots is None or slots.shape != (peer.num_slots, peer.block_bytes):
+            raise HandoverFailed(f"no peer {peer.instance} with such a pool")
+        self._own[list(local)] = slots[list(remote)]
 
     def close(self) -> None:
         """See ``Link.close``."""

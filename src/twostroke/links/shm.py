@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 
-from twostroke.errors import HandoverFailed
-from twostroke.kv.memory import Bytes, map_peer
+from twostroke.kv.memory import Bytes, has_pool, map_peer
 from twostroke.kv.pool import Slot
+from twostroke.links.link import check_read
 from twostroke.messages import PoolAddress
 
 
@@ -20,7 +21,7 @@ class SharedMemoryLink:
     def __init__(self, own: Bytes) -> None:
         """``own``: our slots, ``uint8 [num_slots, block_bytes]``."""
         self._own = own
-        self._peers: dict[str, Bytes] = {}  # by instance
+        self._peers: dict[PoolAddress, Bytes] = {}  # only the copying thread's
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="shm-link")  # copies saturate memory with one thread
 
     async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
@@ -29,7 +30,9 @@ class SharedMemoryLink:
         try:
             await asyncio.shield(copy)
         except asyncio.CancelledError:
-            await asyncio.wait([copy])
+            while not copy.done():  # however often we are cancelled meanwhile
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([copy])
             raise
 
     def close(self) -> None:
@@ -38,12 +41,11 @@ class SharedMemoryLink:
         self._peers.clear()
 
     def _copy(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
-        if peer.block_bytes != self._own.shape[1]:
-            raise HandoverFailed(f"the peer's slots have {peer.block_bytes} bytes, ours {self._own.shape[1]}")
-        if max(remote) >= peer.num_slots:
-            raise HandoverFailed(f"slot {max(remote)} is outside the peer's pool of {peer.num_slots}")
-        slots = self._peers.get(peer.instance)
+        check_read(self._own, peer, remote)
+        slots = self._peers.get(peer)
         if slots is None:
-            slots = self._peers[peer.instance] = map_peer(peer)
+            # A pool's memory lives as long as anybody maps it: those of peers that are gone must not pile up.
+            self._peers = {address: slots for address, slots in self._peers.items() if has_pool(address)}
+            slots = self._peers[peer] = map_peer(peer)
         for source, target in zip(remote, local, strict=True):
             np.copyto(self._own[target], slots[source])  # releases the GIL

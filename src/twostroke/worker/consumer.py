@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import HttpProcessingError  # a line that is too long
 
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job
@@ -40,6 +41,7 @@ class Peer:
     """A producer, seen from the consumer: its HTTP endpoints, each call with a deadline."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, *, secret: str, silence: float) -> None:
+        """``silence``: seconds without a word from it, after which it is given up."""
         self._session = session
         self._url = url
         self._headers = {SECRET_HEADER: secret} if secret else {}
@@ -59,12 +61,13 @@ class Peer:
                 headers=self._headers,
                 timeout=timeout,
                 read_bufsize=_MAX_LINE,
+                allow_redirects=False,
             ) as reply:
                 if reply.status != 200:
                     raise HandoverFailed(f"the producer refused: {await _reason(reply)}")
                 async for line in reply.content:
                     yield _event.decode(line)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, HttpProcessingError, TimeoutError, ValueError, RecursionError) as error:
             raise HandoverFailed(f"the producer's stream broke: {error or type(error).__name__}") from error
 
     async def confirm(self, message: Confirm) -> bool:
@@ -75,6 +78,7 @@ class Peer:
                 data=encode(message),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=self._silence),
+                allow_redirects=False,
             ) as reply:
                 if reply.status != 200:
                     raise HandoverFailed(f"the producer refused: {await _reason(reply)}")
@@ -96,14 +100,17 @@ class Pull:
         engine: Engine,
         link: Link,
         peer: Peer,
+        patience: float,
         lifecycle: Lifecycle,
     ) -> None:
+        """``patience``: seconds in which a producer that is alive must publish something new."""
         self._job = job
         self._handover = handover
         self._attempt = attempt
         self._engine = engine
         self._link = link
         self._peer = peer
+        self._patience = patience
         self._lifecycle = lifecycle
         self._machine = Machine(CONSUMER, ConsumerState.ATTACHING)
         layout = engine.model.layout
@@ -132,6 +139,8 @@ class Pull:
         except asyncio.CancelledError:
             if self._machine.accepts(ConsumerEvent.ABORT):
                 await self._on(ConsumerEvent.ABORT)
+            else:  # the request ended first, and perhaps before the producer was told
+                await self._release()
             raise
 
     async def _pull(self) -> None:
@@ -144,7 +153,10 @@ class Pull:
 
     async def _follow(self, events: AsyncIterator[Event]) -> None:
         """Take events until every block is verified and the first token is out, or the request is over."""
+        deadline = time.monotonic() + self._patience
         async for event in events:
+            if not isinstance(event, Alive):
+                deadline = time.monotonic() + self._patience
             match event:
                 case Opened(pool):
                     self._check(self._pool is None, "opened twice")
@@ -152,19 +164,22 @@ class Pull:
                     self._stamp("attached", link=self._link.name)
                     await self._on(ConsumerEvent.OPENED)
                 case Published():
+                    self._check(self._pool is not None, "blocks before it opened")
                     self._check(event.first == self._verified, "blocks out of order")
                     self._check(event.first + len(event.slots) <= self._needed, "more blocks than the prompt has")
                     self._fresh = event
                     await self._on(ConsumerEvent.PUBLISHED)
                     await self._on(ConsumerEvent.VERIFIED)
                 case Sampled(output):
-                    self._check(self._first is None and len(output.tokens) == 1, "more than one first token")
+                    self._check(self._pool is not None, "a token before it opened")
+                    self._check(self._first is None and len(output.tokens) == 1, "not one first token")
+                    self._check(0 <= output.tokens[0].id < self._engine.model.vocab_size, "no token of the model")
                     await self._sampled(output)
                 case Ended(error):
                     self._check(error is None, error or "")
                     break
                 case Alive():
-                    pass
+                    self._check(time.monotonic() < deadline, f"nothing new for {self._patience:.0f} s")
             if self._done:
                 break
 
@@ -222,12 +237,12 @@ class Pull:
         """Tell the producer that nothing more is needed. If that fails, its lease expires by itself."""
         if self._released or self._pool is None:
             return
-        self._released = True
         message = Confirm(self._handover, self._attempt, self._pool.instance, self._verified, release=True)
         try:
             await self._peer.confirm(message)
         except HandoverFailed as error:
             self._stamp("release_failed", reason=error.message)
+        self._released = True
 
     def _complete(self) -> None:
         if self._verified < self._needed:
@@ -249,5 +264,5 @@ async def _reason(reply: aiohttp.ClientResponse) -> str:
     body = await reply.content.read(64 << 10)
     try:
         return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"HTTP {reply.status}"

@@ -77,7 +77,7 @@ class Export:
 
     def fail(self, reason: str) -> None:
         """End early; an attached consumer is told why."""
-        self.error = reason
+        self.error = self.error or reason  # the first reason is the true one
         self.on(ProducerEvent.FAIL)
 
     def _do(self, action: ProducerAction) -> None:
@@ -133,6 +133,8 @@ class Producer:
             Conflict: the same hand-over was asked for before.
             RequestError: the prefill failed, or the consumer ended it.
         """
+        if reason := self._over.get((handover, attempt)):
+            raise Conflict(f"hand-over {handover} is over: {reason}")
         export = self._export(handover, attempt)
         if not export.accepts(ProducerEvent.REQUEST) or export.attempt != attempt:
             raise Conflict(f"hand-over {handover} is under way already, as attempt {export.attempt}")

@@ -16,7 +16,7 @@ from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import bind, build_app, serve
 from twostroke.config import WorkerConfig, cluster_secret
 from twostroke.engine.engine import Admitted, Job, Progress, Update
-from twostroke.errors import Overloaded, RequestError, Unavailable
+from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
 from twostroke.messages import ModelCard, Output, Request, Sampling, Slots, Ticket, WorkerInfo, WorkerState
 from twostroke.tokenizer import Tokenizer
 from twostroke.worker.consumer import Peer, Pull
@@ -208,9 +208,14 @@ class Worker:
             engine=loaded.engine,
             link=loaded.link,
             peer=Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout),
+            patience=self._config.progress_timeout,
             lifecycle=self.lifecycle,
         )
-        await pull.run()
+        try:
+            await pull.run()
+        except Exception:  # nobody awaits this task: what it does not foresee must still end the request
+            log.exception("the hand-over of request %s failed", request.id)
+            job.push(EngineFailed("the hand-over failed; the worker's log says how"))
         self._pulled[request.id].set()
 
     async def _produce(self, request: Request, ticket: Ticket) -> None:

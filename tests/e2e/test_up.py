@@ -1,0 +1,146 @@
+"""``twostroke up`` as a person uses it: start, ask, Ctrl-C; and the starts that cannot work."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.ports import free_ports
+
+TINY = "LlamaForCausalLM"
+
+
+def twostroke(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "twostroke", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def read_until(process: "subprocess.Popen[str]", word: str) -> str:
+    """What it prints, up to the line with ``word``."""
+    assert process.stdout
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if word in line:
+            return printed
+    raise AssertionError(f"it ended without saying {word!r}:\n{printed}")
+
+
+def temporary_files() -> set[str]:
+    return set(os.listdir(tempfile.gettempdir())) | set(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_start_ask_stop(tiny_model: Callable[[str], Path], end: signal.Signals) -> None:
+    model = tiny_model(TINY)
+    before = temporary_files()
+    (port,) = free_ports(1)
+    process = twostroke("up", str(model), "--port", str(port), "--prefill", "1", "--decode", "1", "--colocated", "1")
+    try:
+        printed = read_until(process, "curl")
+        assert "link: shm" in printed
+        for worker in ("prefill-0", "decode-0", "colocated-0"):
+            assert worker in printed
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        body = json.dumps({"prompt": "hello", "max_tokens": 5, "temperature": 0}).encode()
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as reply:
+            assert json.load(reply)["usage"]["completion_tokens"] >= 1
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 4
+        process.send_signal(end)
+        assert process.wait(30) == (0 if end is signal.SIGINT else -signal.SIGKILL)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert alive == [], "children end with their parent, however it ends"
+    finally:
+        process.kill()
+        process.communicate()
+    assert temporary_files() <= before
+    socket.create_server(("127.0.0.1", port)).close()  # free again
+
+
+def test_a_dead_worker_ends_the_system_and_is_named(tiny_model: Callable[[str], Path]) -> None:
+    (port,) = free_ports(1)
+    process = twostroke("up", str(tiny_model(TINY)), "--port", str(port), "--prefill", "0", "--decode", "0",
+                        "--colocated", "1")  # fmt: skip
+    try:
+        read_until(process, "curl")
+        victim = next(c for c in psutil.Process(process.pid).children() if "serve" in c.cmdline())
+        victim.kill()
+        rest, _ = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert "colocated-0 was killed by SIGKILL" in rest
+    finally:
+        process.kill()
+
+
+def refused(*arguments: str) -> str:
+    """What a start that cannot work says: one clear line, exit status 2, no traceback."""
+    start = time.monotonic()
+    port = () if "--port" in arguments else ("--port", str(free_ports(1)[0]))
+    process = twostroke(*arguments, *port)
+    try:
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2, f"after {time.monotonic() - start:.0f} s: {printed}"
+    assert "Traceback" not in printed
+    return printed
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    assert "no-such-model" in refused("serve", str(tmp_path / "no-such-model"))
+
+
+def test_truncated_weights(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    for file in tiny_model(TINY).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors" in refused("serve", str(tmp_path))
+
+
+def test_not_a_causal_model(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    for file in tiny_model(TINY).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "architectures": ["BertForSequenceClassification"], "model_type": "bert"})
+    )
+    assert "causal" in refused("serve", str(tmp_path))
+
+
+def test_port_in_use(tiny_model: Callable[[str], Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for verb in (("serve", str(tiny_model(TINY))), ("up", str(tiny_model(TINY)))):
+            assert f"port {port}" in refused(*verb, "--port", port)
+
+
+def test_too_little_memory_for_a_block(tiny_model: Callable[[str], Path]) -> None:
+    printed = refused("serve", str(tiny_model(TINY)), "--kv-memory", "100")
+    assert "does not hold one block" in printed
+
+
+def test_more_memory_than_there_is(tiny_model: Callable[[str], Path]) -> None:
+    assert "does not fit" in refused("serve", str(tiny_model(TINY)), "--kv-memory", "4000GiB")
+
+
+def test_a_context_that_the_pool_cannot_hold(tiny_model: Callable[[str], Path]) -> None:
+    printed = refused("serve", str(tiny_model(TINY)), "--kv-memory", "32KiB", "--max-model-len", "512")
+    assert "needs --kv-memory" in printed

@@ -1,0 +1,367 @@
+"""The engine, thread and all: its greedy tokens are those of ``transformers``, whatever it does to get there."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.rig import Rig, ids, request, running, until
+from tests.tiny import ARCHITECTURES, VOCAB, generate
+from twostroke.engine.engine import Admitted, Progress, Update
+from twostroke.engine.scheduler import Chunk, Sequence
+from twostroke.errors import EngineFailed
+from twostroke.messages import Output, Token
+
+Tiny = Callable[[str], Path]
+COUNT = 10
+_random = random.Random(5)
+
+
+def random_prompt(length: int) -> list[int]:
+    return [_random.randrange(1, VOCAB) for _ in range(length)]
+
+
+PREFIX = random_prompt(40)
+PROMPTS = [
+    *(random_prompt(length) for length in (1, 2, 4, 5, 6, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 130)),
+    *([*PREFIX[:length], *random_prompt(extra)] for length, extra in ((40, 0), (40, 3), (33, 9), (32, 1), (16, 30))),
+]
+
+
+@pytest.fixture
+def llama(tiny_model: Tiny) -> Path:
+    return tiny_model("LlamaForCausalLM")
+
+
+@contextmanager
+def paused(rig: Rig) -> Iterator[threading.Event]:
+    """The next step stops in the middle until the event is set."""
+    go, forward = threading.Event(), rig.model.forward
+
+    def wait(chunks: list[Chunk]) -> torch.Tensor:
+        assert go.wait(30)
+        return forward(chunks)
+
+    rig.model.forward = wait  # type: ignore[method-assign, assignment]
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+def preemptions(rig: Rig) -> list[Sequence]:
+    """From now on, who is preempted."""
+    seen, preempt = [], rig.engine.scheduler._preempt
+
+    def note(sequence: Sequence) -> None:
+        seen.append(sequence)
+        preempt(sequence)
+
+    rig.engine.scheduler._preempt = note  # type: ignore[method-assign]
+    return seen
+
+
+# -- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_depends_on_all_of_the_prompt(tiny_model: Tiny) -> None:
+    """Else the tests below could not fail."""
+    for architecture in ARCHITECTURES:
+        directory = tiny_model(architecture)
+        answers = {tuple(generate(directory, [first, *PREFIX[1:6]], COUNT)) for first in range(1, 5)}
+        assert len(answers) == 4
+        assert len({token for answer in answers for token in answer}) > 15
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("block_tokens", "budget", "max_batch"),
+    [(16, 512, 32), (16, 7, 4), (5, 33, 8)],
+    ids=["whole prompts", "small chunks", "blocks of 5"],
+)
+async def test_greedy_is_generate(
+    tiny_model: Tiny, architecture: str, block_tokens: int, budget: int, max_batch: int
+) -> None:
+    directory = tiny_model(architecture)
+    async with running(directory, block_tokens=block_tokens, budget=budget, max_batch=max_batch, slots=300) as rig:
+        got = await asyncio.gather(
+            *(rig.tokens(request(prompt, COUNT, priority=i % 3)) for i, prompt in enumerate(PROMPTS))
+        )
+    assert got == [generate(directory, prompt, COUNT) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_greedy_with_prefix_hits(tiny_model: Tiny, architecture: str) -> None:
+    directory = tiny_model(architecture)
+    async with running(directory, block_tokens=5) as rig:
+        for prompt in (PROMPTS[-1], PROMPTS[12], PREFIX):
+            first = await rig.outputs(rig.engine.submit(request(prompt, COUNT)))
+            again = await rig.outputs(rig.engine.submit(request(prompt, COUNT)))
+            longer = [*prompt, *ids(first), 7, 8]
+            more = await rig.outputs(rig.engine.submit(request(longer, COUNT)))
+            assert again[0].cached_tokens == (len(prompt) - 1) // 5 * 5
+            assert more[0].cached_tokens == (len(prompt) + len(ids(first)) - 1) // 5 * 5
+            assert ids(first) == ids(again) == generate(directory, prompt, COUNT)
+            assert ids(more) == generate(directory, longer, COUNT)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_greedy_with_preemption(tiny_model: Tiny, architecture: str) -> None:
+    directory, prompts = tiny_model(architecture), [random_prompt(length) for length in (14, 15, 11, 9, 20, 3)]
+    async with running(directory, block_tokens=4, slots=14, budget=20) as rig:
+        preempted = preemptions(rig)
+        got = await asyncio.gather(*(rig.tokens(request(prompt, 24)) for prompt in prompts))
+    assert len(preempted) > 2
+    assert got == [generate(directory, prompt, 24) for prompt in prompts]
+
+
+async def test_priorities_decide_who_is_served_first(llama: Path) -> None:
+    async with running(llama, max_batch=1) as rig:
+        order: list[int] = []
+
+        async def ask(priority: int) -> None:
+            await rig.tokens(request([5, priority + 10], 2, priority=priority))
+            order.append(priority)
+
+        with paused(rig) as go:
+            first = asyncio.create_task(ask(9))
+            await until(lambda: rig.engine.load().running == 1)
+            others = [asyncio.create_task(ask(priority)) for priority in (3, 1, 2)]
+            await until(lambda: rig.engine.load().waiting == 3)
+            go.set()
+            await asyncio.gather(first, *others)
+    assert order == [9, 1, 2, 3]
+
+
+async def test_eos_ends_and_ignore_eos_goes_on(llama: Path) -> None:
+    async with running(llama) as rig:
+        biased: dict[str, Any] = {"logit_bias": {0: 1000.0}}
+        (only,) = await rig.outputs(rig.engine.submit(request([5, 6], 4, **biased)))
+        assert (only.tokens[0].id, only.finish) == (0, "stop")
+        outputs = await rig.outputs(rig.engine.submit(request([5, 6], 4, ignore_eos=True, **biased)))
+        assert (ids(outputs), outputs[-1].finish) == ([0] * 4, "length")
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+async def test_seeded_sampling_is_the_same_in_any_company(llama: Path) -> None:
+    knobs: list[dict[str, Any]] = [
+        {"seed": seed, "temperature": 1.5, "top_p": 0.95, "top_k": 50, "frequency_penalty": 0.3, "logprobs": 0}
+        for seed in range(6)
+    ]
+    prompts = [random_prompt(length) for length in (3, 20, 33, 50, 17, 8)]
+    alone, crowded, preempting = [], [], []
+    async with running(llama) as rig:
+        for prompt, knob in zip(prompts, knobs, strict=True):
+            alone.append(await rig.tokens(request(prompt, 20, **knob)))
+    async with running(llama, budget=11, max_batch=11, block_tokens=5) as rig:
+        asked = [request(prompt, 20, **knob) for prompt, knob in zip(prompts, knobs, strict=True)]
+        crowded = await asyncio.gather(*(rig.tokens(one) for one in asked))
+    async with running(llama, block_tokens=4, slots=22) as rig:
+        preempted = preemptions(rig)
+        asked = [request(prompt, 20, **knob) for prompt, knob in zip(prompts, knobs, strict=True)]
+        preempting = await asyncio.gather(*(rig.tokens(one) for one in asked))
+        assert preempted
+    assert alone == crowded == preempting
+    assert len({tuple(tokens) for tokens in alone}) == 6
+    assert alone[0] != generate(llama, prompts[0], 20)
+
+
+async def test_penalties_see_what_was_said_before(llama: Path) -> None:
+    async with running(llama) as rig:
+        tokens = await rig.tokens(request([5, 6], 4, logit_bias={7: 1000.0, 8: 900.0}, repetition_penalty=2.0))
+    assert tokens == [7, 8, 7, 7]
+
+
+async def test_draws_differ_by_position(llama: Path) -> None:
+    """Two tokens, equally probable: each position has noise of its own."""
+    async with running(llama) as rig:
+        bias = dict.fromkeys((7, 8), 100_000.0)  # the model's own opinion is lost to rounding
+        tokens = await rig.tokens(request([5, 6], 30, seed=1, temperature=1e6, top_k=2, logit_bias=bias))
+    assert set(tokens) == {7, 8}
+
+
+async def test_salts_keep_tenants_apart(llama: Path) -> None:
+    async with running(llama) as rig:
+        for salt, cached in (("", 0), ("a", 0), ("b", 0), ("a", 32), ("", 32)):
+            outputs = await rig.outputs(rig.engine.submit(request(PREFIX, 2, salt=salt)))
+            assert outputs[0].cached_tokens == cached
+
+
+# -- what a job says -------------------------------------------------------------------------------------------------
+
+
+async def test_updates_of_a_job(llama: Path) -> None:
+    async with running(llama, budget=16) as rig:
+        job = rig.engine.submit(request(PREFIX, 3))
+        updates: list[Update] = [update async for update in job.updates()]
+    admitted, *progress, first, second, last = updates
+    assert isinstance(admitted, Admitted)
+    assert (len(admitted.slots), admitted.computed) == (3, 0)
+    assert progress == [Progress(0), Progress(16), Progress(32)]
+    assert [type(update) for update in (first, second, last)] == [Output] * 3
+    assert isinstance(last, Output)
+    assert last.finish == "length"
+
+
+async def test_a_request_is_admitted_while_a_step_runs(llama: Path) -> None:
+    """A load can start at once."""
+    async with running(llama) as rig:
+        with paused(rig) as go:
+            one = rig.engine.submit(request([5], 1))
+            await until(lambda: one.started)
+            two = rig.engine.submit(request([6], 1), loads=True)
+            update = await asyncio.wait_for(anext(two.updates()), 5)
+            assert isinstance(update, Admitted)
+            assert not go.is_set()
+        rig.engine.abort(two)
+        await rig.outputs(one)
+
+
+async def test_load_tells_what_is_to_be_done(llama: Path) -> None:
+    async with running(llama, max_batch=1) as rig:
+        with paused(rig):
+            jobs = [rig.engine.submit(request(prompt, 1)) for prompt in ([5] * 10, [6] * 20)]
+            load = rig.engine.load()
+        assert (load.running, load.waiting, load.queued_tokens) == (1, 1, 30)
+        assert load.slots.leased == 1
+        for job in jobs:
+            await rig.outputs(job)
+        assert rig.engine.load().queued_tokens == 0
+
+
+# -- ends ------------------------------------------------------------------------------------------------------------
+
+
+async def test_abort_frees_everything_and_lets_the_next_in(llama: Path) -> None:
+    async with running(llama, slots=4) as rig:
+        long = rig.engine.submit(request(PREFIX, 20, ignore_eos=True))
+        next_ = rig.engine.submit(request(PREFIX[5:], 3))
+        updates = long.updates()
+        async for update in updates:
+            if isinstance(update, Output):
+                break
+        rig.engine.abort(long)
+        rig.engine.abort(long)
+        assert ids(await rig.outputs(next_)) == generate(llama, PREFIX[5:], 3)
+        assert long.sequence.finish == "abort"
+
+
+async def test_abort_during_a_step(llama: Path) -> None:
+    async with running(llama) as rig:
+        with paused(rig) as go:
+            job, other = rig.engine.submit(request(PREFIX, 4)), rig.engine.submit(request(PREFIX[3:], 4))
+            await until(lambda: job.started)
+            rig.engine.abort(job)
+            assert rig.counts.leased > 0
+            go.set()
+            assert ids(await rig.outputs(other)) == generate(llama, PREFIX[3:], 4)
+        # Its own updates stop: nothing more came than what was there before.
+        await asyncio.sleep(0)
+        left = [job._updates.get_nowait() for _ in range(job._updates.qsize())]
+        assert not any(isinstance(update, Output) for update in left)
+
+
+async def test_a_step_that_fails_ends_its_requests_and_no_others(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(llama, max_batch=2) as rig:
+        forward = rig.model.forward
+
+        def fail_once(chunks: list[Chunk]) -> torch.Tensor:
+            rig.model.forward = forward  # type: ignore[method-assign]
+            raise RuntimeError("out of luck")
+
+        with paused(rig) as go:
+            gate = rig.engine.submit(request([1], 1))
+            await until(lambda: gate.started)
+            jobs = [rig.engine.submit(request([5 + number] * 20, 5)) for number in range(4)]
+            rig.model.forward = fail_once  # type: ignore[method-assign, assignment]
+            go.set()
+            results = await asyncio.gather(*(rig.outputs(job) for job in jobs), return_exceptions=True)
+        failed = [result for result in results if isinstance(result, EngineFailed)]
+        assert failed == results[:2]
+        for number, result in list(enumerate(results))[2:]:
+            assert not isinstance(result, BaseException)
+            assert ids(result) == generate(llama, [5 + number] * 20, 5)
+        assert "out of luck" in caplog.text
+        assert "out of luck" not in failed[0].message
+        assert not rig.died.is_set()
+        assert await rig.tokens(request(PREFIX, 5)) == generate(llama, PREFIX, 5)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_the_end_of_the_thread_is_reported(llama: Path) -> None:
+    async with running(llama) as rig:
+
+        def broken() -> list[Chunk]:
+            raise MemoryError("the scheduler itself is broken")
+
+        rig.engine.scheduler.plan = broken  # type: ignore[method-assign]
+        rig.engine.abort(rig.engine.submit(request([1, 2], 1)))
+        await asyncio.wait_for(rig.died.wait(), 5)
+
+
+async def test_stopping_is_not_dying(llama: Path) -> None:
+    async with running(llama) as rig:
+        await rig.tokens(request([1, 2], 2))
+    await asyncio.sleep(0.01)
+    assert not rig.died.is_set()
+
+
+# -- blocks from elsewhere -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM+sliding_window"])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 40])
+async def test_a_request_goes_on_elsewhere_from_its_blocks(tiny_model: Tiny, architecture: str, length: int) -> None:
+    """The whole idea: who holds the blocks, and the first token, continues. Here with memcpy for a link."""
+    directory, prompt = tiny_model(architecture), PREFIX[:length]
+    async with running(directory, budget=16) as p, running(directory) as d:
+        lease = p.engine.lease()
+        (first,) = await p.outputs(p.engine.submit(request(prompt, 1), exports=lease))
+        job = d.engine.submit(request(prompt, COUNT), loads=True)
+        admitted = await anext(job.updates())
+        assert isinstance(admitted, Admitted)
+        d.memory.slots[admitted.slots] = p.memory.slots[lease.slots]
+        d.engine.loaded(job, length)
+        d.engine.resume(job, first.tokens[0])
+        rest = ids(await d.outputs(job))
+        p.engine.release(lease)
+    assert [first.tokens[0].id, *rest] == generate(directory, prompt, COUNT)
+
+
+@pytest.mark.parametrize("length", [16, 40])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+@pytest.mark.parametrize("known", [False, True])
+async def test_what_did_not_come_is_computed(llama: Path, length: int, blocks: int, known: bool) -> None:
+    prompt = PREFIX[:length]
+    tokens = min(blocks * 16, length)
+    expected = generate(llama, prompt, COUNT)
+    async with running(llama) as p, running(llama) as d:
+        lease = p.engine.lease()
+        await p.outputs(p.engine.submit(request(prompt, 1), exports=lease))
+        job = d.engine.submit(request(prompt, COUNT), loads=True)
+        admitted = await anext(job.updates())
+        assert isinstance(admitted, Admitted)
+        d.memory.slots[admitted.slots[:blocks]] = p.memory.slots[lease.slots[:blocks]]
+        d.engine.loaded(job, tokens)
+        d.engine.resume(job, Token(expected[0]) if known else None)
+        rest = ids(await asyncio.wait_for(d.outputs(job), 10))
+        p.engine.release(lease)
+    assert (expected[:1] if known else []) + rest == expected
+
+
+async def test_a_released_export_makes_room(llama: Path) -> None:
+    async with running(llama, slots=3) as rig:
+        lease = rig.engine.lease()
+        await rig.outputs(rig.engine.submit(request(PREFIX, 1), exports=lease))
+        waiting = rig.engine.submit(request(PREFIX[1:], 3))
+        assert rig.engine.load().waiting == 1
+        rig.engine.release(lease)
+        assert ids(await asyncio.wait_for(rig.outputs(waiting), 10)) == generate(llama, PREFIX[1:], 3)

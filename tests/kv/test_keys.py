@@ -1,0 +1,59 @@
+"""Block keys name everything that decides a block's content, and nothing else."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twostroke.kv.keys import block_keys, root_key
+
+ROOT = root_key("f" * 32, "")
+KNOWN = ["e57bb320e8addcc52cb724378ed86b0e", "3f7bba2d2e9e271d74ece1c7a5ff6170"]
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+
+
+def test_roots_differ_by_fingerprint_and_by_salt() -> None:
+    roots = {root_key(fingerprint, salt) for fingerprint in ("a" * 32, "b" * 32) for salt in ("", "x", "y")}
+    assert len(roots) == 6
+    assert {len(root) for root in roots} == {16}
+
+
+def test_keys_are_the_same_in_every_process() -> None:
+    """Other processes, and files on a disk, will know these blocks by these names."""
+    keys = block_keys(root_key("00" * 16, "salt"), [1, 2, 3, 2**32 - 1], 2)
+    assert [key.hex() for key in keys] == KNOWN
+
+
+def test_only_full_blocks_have_keys() -> None:
+    assert [len(block_keys(ROOT, list(range(count)), 4)) for count in (0, 3, 4, 7, 8, 9)] == [0, 0, 1, 1, 2, 2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(TOKENS, st.integers(1, 5), st.integers(0, 40))
+def test_keys_chain(tokens: list[int], block_tokens: int, cut: int) -> None:
+    """Keys of a prefix are a prefix of the keys, and the rest can be named from where the prefix ends."""
+    keys = block_keys(ROOT, tokens, block_tokens)
+    blocks = min(cut, len(keys))
+    before = block_keys(ROOT, tokens[: blocks * block_tokens], block_tokens)
+    assert before == keys[:blocks]
+    parent = before[-1] if before else ROOT
+    assert block_keys(parent, tokens[blocks * block_tokens :], block_tokens) == keys[blocks:]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.data())
+def test_a_changed_token_changes_its_block_and_all_after(tokens: list[int], data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(tokens) - 1))
+    changed = [*tokens[:at], tokens[at] + 1, *tokens[at + 1 :]]
+    keys, others = block_keys(ROOT, tokens, 3), block_keys(ROOT, changed, 3)
+    assert keys[: at // 3] == others[: at // 3]
+    assert not set(keys[at // 3 :]) & set(others[at // 3 :])
+
+
+def test_equal_blocks_at_other_places_have_other_keys() -> None:
+    assert len(set(block_keys(ROOT, [7] * 12, 3))) == 4
+
+
+@pytest.mark.parametrize("token", [-1, 2**32])
+def test_ids_out_of_range_are_refused(token: int) -> None:
+    with pytest.raises(OverflowError):
+        block_keys(ROOT, [token], 1)
