@@ -17,6 +17,12 @@ FLOAT32 = ("--dtype", "float32")
 ROLES = {"prefill-0": "prefill", "decode-0": "decode"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left() -> Iterator[None]:
     """No process and no shared-memory file outlives the tests."""
