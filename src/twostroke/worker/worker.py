@@ -133,7 +133,7 @@ class Worker:
             if outcome != "failed":
                 reason = job.sequence.finish or "abort"
                 self.lifecycle.stamp(request.id, outcome, reason=reason, output_tokens=outputs)
-            await _cancel(pull)
+            await end(pull)
             if pulls:
                 self._pulled.pop(request.id).set()
             loaded.engine.abort(job)
@@ -256,12 +256,16 @@ class Worker:
         return Gauges(load.running, load.waiting, load.slots)
 
 
-async def _cancel(task: asyncio.Task[None] | None) -> None:
-    """End a task and wait until it has ended, whatever it raises meanwhile on its way out."""
-    if task is not None:
-        task.cancel()
+async def end(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task and wait until it is over, however often we are cancelled meanwhile: it may still write into slots
+    that are released after this.
+    """
+    if task is None:
+        return
+    task.cancel()
+    while not task.done():
         with suppress(asyncio.CancelledError):
-            await task
+            await asyncio.wait([task])
 
 
 async def _warm_up(loaded: Loaded) -> None:
