@@ -46,6 +46,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
     progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
     attach_timeout: float = 5.0  # how long either end waits for the other to appear
+    queue_timeout: float = 600.0  # a request that has no slots by then gets 429
     max_queue: int = 1024  # waiting requests, above which new ones get 429
     max_body: int = 16 << 20  # bytes
 

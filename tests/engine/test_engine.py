@@ -15,7 +15,7 @@ from tests.engine.rig import Rig, ids, request, running, until
 from tests.tiny import ARCHITECTURES, VOCAB, generate
 from twostroke.engine.engine import Admitted, Progress, Update
 from twostroke.engine.scheduler import Chunk, Sequence
-from twostroke.errors import EngineFailed
+from twostroke.errors import EngineFailed, Overloaded
 from twostroke.messages import Output, Token
 
 Tiny = Callable[[str], Path]
@@ -365,3 +365,16 @@ async def test_a_released_export_makes_room(llama: Path) -> None:
         assert rig.engine.load().waiting == 1
         rig.engine.release(lease)
         assert ids(await asyncio.wait_for(rig.outputs(waiting), 10)) == generate(llama, PREFIX[1:], 3)
+
+
+async def test_who_gets_no_slots_in_time_is_told(llama: Path) -> None:
+    async with running(llama, slots=4) as rig:
+        everything = rig.engine.lease()
+        assert everything.grow(4)
+        job = rig.engine.submit(request([5, 6, 7], 4))
+        with pytest.raises(Overloaded, match="no slots"):
+            await anext(aiter(job.updates(patience=0.05)))
+        rig.engine.abort(job)
+        rig.engine.release(everything)
+        assert rig.engine.load().waiting == 0
+        assert len(await rig.tokens(request([5, 6, 7], 4))) >= 1

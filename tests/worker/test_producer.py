@@ -40,6 +40,7 @@ class Stage:
         self.instance = rig.memory.address.instance
         self.producer = Producer(
             rig.engine, rig.memory.address, lease_seconds=lease_seconds, attach_timeout=attach_timeout,
+            queue_timeout=60.0,
             heartbeat=heartbeat,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from twostroke.engine.model import Model
 from twostroke.engine.sampling import Row, sample
 from twostroke.engine.scheduler import Chunk, Scheduler, Sequence
-from twostroke.errors import EngineFailed, RequestError
+from twostroke.errors import EngineFailed, Overloaded, RequestError
 from twostroke.kv.keys import root_key
 from twostroke.kv.pool import Lease, Pool
 from twostroke.messages import FinishReason, Output, Request, Slots, Token
@@ -52,15 +52,28 @@ class Job:
         """Append an update. Only from the event loop."""
         self._updates.put_nowait(update)
 
-    async def updates(self) -> AsyncIterator[Update]:
-        """Every update up to and including the one that finishes the sequence; an error is raised."""
+    async def updates(self, patience: float | None = None) -> AsyncIterator[Update]:
+        """Every update up to and including the one that finishes the sequence; an error is raised.
+
+        Args:
+            patience: seconds until the sequence must have its slots; ``None`` is for ever.
+
+        Raises:
+            Overloaded: it has none by then.
+            RequestError: the engine failed.
+        """
+        try:
+            async with asyncio.timeout(patience):
+                update = await self._updates.get()
+        except TimeoutError:
+            raise Overloaded(f"no slots became free within {patience:.0f} s") from None
         while True:
-            update = await self._updates.get()
             if isinstance(update, RequestError):
                 raise update
             yield update
             if isinstance(update, Output) and update.finish:
                 return
+            update = await self._updates.get()
 
 
 class Load(NamedTuple):

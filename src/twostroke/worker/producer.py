@@ -114,12 +114,20 @@ class Producer:
     """All hand-overs that this worker produces, by id."""
 
     def __init__(
-        self, engine: Engine, pool: PoolAddress, *, lease_seconds: float, attach_timeout: float, heartbeat: float
+        self,
+        engine: Engine,
+        pool: PoolAddress,
+        *,
+        lease_seconds: float,
+        attach_timeout: float,
+        queue_timeout: float,
+        heartbeat: float,
     ) -> None:
         self._engine = engine
         self._pool = pool
         self._lease_seconds = lease_seconds
         self._attach_timeout = attach_timeout
+        self._queue_timeout = queue_timeout
         self._heartbeat = heartbeat
         self._exports: dict[str, Export] = {}
         self._over: OrderedDict[tuple[str, int], str] = OrderedDict()  # id and attempt → why
@@ -141,7 +149,7 @@ class Producer:
         reason = "the prefill was aborted"
         try:
             job = export.request(request)
-            async for update in job.updates():
+            async for update in job.updates(self._queue_timeout):
                 if isinstance(update, Output):
                     export.first = update
                     export.on(ProducerEvent.FINISH)

@@ -68,6 +68,7 @@ class Worker:
             loaded.memory.address,
             lease_seconds=self._config.lease_seconds,
             attach_timeout=self._config.attach_timeout,
+            queue_timeout=self._config.queue_timeout,
             heartbeat=self._config.handover_timeout / 4,
         )
         self._loaded, self._state = loaded, "ready"
@@ -117,7 +118,7 @@ class Worker:
         pull: asyncio.Task[None] | None = None
         outcome, outputs = "aborted", 0
         try:
-            async for update in job.updates():
+            async for update in job.updates(self._config.queue_timeout):
                 self._observe(job, update, first=outputs == 0)
                 if isinstance(update, Output):
                     outputs += len(update.tokens)
