@@ -77,7 +77,7 @@ async def test_64_concurrent_requests(system: System, reference: Reference) -> N
     assert answers == [reference.generate(prompt, 12) for prompt in prompts]
 
 
-async def test_first_token_does_not_wait_for_the_last(system: System, reference: Reference) -> None:
+async def test_tokens_come_one_by_one(system: System, reference: Reference) -> None:
     body = {"prompt": list(reference.prompts()[14]), "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     async with client() as session:
         events = [event async for event in stream(session, system.url, body)]

@@ -8,13 +8,13 @@ admitted           the queue time ends
 readmitted         it was preempted, and holds slots again
 prefill_started    ``cached_tokens``: of the prompt, not to be computed
 prefill_ended
-attached           the other end of a hand-over is there
-published          ``blocks``
+attached           ``link``: the producer has opened its pool to us
 first_token        sampled here, or received from the producer
 kv_complete        ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
 fallback           ``reason``: the hand-over failed; the rest is computed here
 finished           ``reason``, ``output_tokens``
 aborted, failed    ``reason``
+release_failed     ``reason``: the producer's lease was left to expire
 =================  =====================================================================================
 
 No stamp carries text of a prompt or an answer.
