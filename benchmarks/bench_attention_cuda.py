@@ -2,7 +2,7 @@
 
 Qwen2.5-7B's attention: 28 query heads, 4 KV heads of 128, bfloat16, blocks of 16 tokens of all 28 layers in random
 slots. Decode is measured against device memory bandwidth, prefill against a large matrix product, both of the same run.
-The spread is from the 0.2 to the 0.8 quantile. Needs only torch and Triton.
+The spread is from the 0.2 to the 0.8 quantile. What the engine uses is marked.
 
     python -m benchmarks.bench_attention_cuda [--quick]
 """
@@ -14,13 +14,15 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.common import Row, report, row
-from benchmarks.triton_decode import triton_decode
+from benchmarks.cuda_limits import limits, milliseconds
+from twostroke.engine.cuda_kernels import attend_one, gather
+from twostroke.engine.cuda_prefill import CudnnAttention, Shape
 
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 28, 28, 4, 128, 16
 LAYER = 13  # any: the others lie between its blocks
@@ -65,10 +67,21 @@ def error(out: torch.Tensor, right: torch.Tensor) -> float:
     return float((out.float() - right).norm() / right.norm())
 
 
-def milliseconds(work: Callable[[], object], graph: bool = False) -> list[float]:
-    """Quantiles 0.2, 0.5, 0.8 of a call's time on the device."""
-    bench = triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench
-    return list(bench(work, quantiles=[0.5, 0.2, 0.8]))
+def in_place(
+    query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """The engine's kernel."""
+    out = torch.empty_like(query)
+    width = torch.tensor([table.shape[1]], device="cuda", dtype=torch.int32)
+
+    def run() -> torch.Tensor:
+        attend_one(
+            query, kv, LAYER, table, width, lengths, out, scale=SCALE, window=1 << 30,
+            processors=torch.cuda.get_device_properties(0).multi_processor_count,
+        )  # fmt: skip
+        return out
+
+    return run
 
 
 def decodes(cases: list[tuple[int, int]], bandwidth: float) -> list[Row]:
@@ -85,7 +98,7 @@ def decodes(cases: list[tuple[int, int]], bandwidth: float) -> list[Row]:
         floor = batch * context * 2 * KV_HEADS * DIM * 2 / bandwidth * 1e3
         right = reference(query, kv, table)
         ways = {
-            "Triton, in place": triton_decode(query, kv, table, lengths, layer=LAYER, scale=SCALE),
+            "Triton, in place (used)": in_place(query, kv, table, lengths),
             "copied, SDPA": gathered_decode(query, kv, table),
         }
         for name, way in ways.items():
@@ -105,39 +118,82 @@ def decodes(cases: list[tuple[int, int]], bandwidth: float) -> list[Row]:
 
 
 def prefills(cases: list[tuple[int, int]], rate: float) -> list[Row]:
-    """Causal attention of a chunk whose context is gathered already; the floor: its FLOPs at the product's rate."""
+    """Causal attention of a chunk behind its context; the floor: its FLOPs at the product's rate. What does not read
+    the pool finds its context gathered already; the engine's way gathers it.
+    """
     rows = []
+    cudnn = CudnnAttention(HEADS, KV_HEADS, DIM, BLOCK, torch.bfloat16, torch.device("cuda", 0))
+    cudnn.enter_stream()
+    most = max(count + context for count, context in cases) // BLOCK
+    kv = torch.randn(most, LAYERS, 2, KV_HEADS, BLOCK, DIM, device="cuda", dtype=torch.bfloat16)
     for count, context in cases:
         end = count + context
         query = torch.randn(1, HEADS, count, DIM, device="cuda", dtype=torch.bfloat16)
-        keys, values = torch.randn(2, 1, KV_HEADS, end, DIM, device="cuda", dtype=torch.bfloat16)
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)  # rows first, as the model gives them
+        table = torch.randperm(most, device="cuda")[: end // BLOCK].int()
+        keys, values = gather(kv, LAYER, table, end)[:, None]
         wide = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values)]
         flops = 4 * HEADS * DIM * (count * context + count * count / 2)
-
-        ways: dict[str, Callable[[], object]] = {
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "cuDNN frontend, gathered (used)": partial(gathered, cudnn, query[0], kv, table),
+            "cuDNN frontend, in place": partial(paged, cudnn, query[0], kv, table),
             "SDPA, flash": partial(whole, query, wide[0], wide[1], SDPBackend.FLASH_ATTENTION),
             "SDPA, cuDNN": partial(whole, query, wide[0], wide[1], SDPBackend.CUDNN_ATTENTION),
             "torch varlen": partial(packed, query, wide[0], wide[1]),
+            "FlexAttention": partial(flexible(count, context), query, keys, values),
         }
         if context:
-            ways["cuDNN, context and diagonal"] = partial(in_two, query, wide[0], wide[1])
-            right = whole(query, wide[0], wide[1], SDPBackend.FLASH_ATTENTION).float()
-            assert error(in_two(query, wide[0], wide[1]), right) < 1e-2
+            ways["SDPA, cuDNN, context and diagonal"] = partial(in_two, query, wide[0], wide[1])
+        right = whole(query, wide[0], wide[1], SDPBackend.FLASH_ATTENTION)[0].transpose(0, 1).float()
         for name, work in ways.items():
+            what = f"prefill {count} after {context}: {name}"
             try:
-                rows.append(
-                    row(
-                        f"prefill {count} after {context}: {name}",
-                        "ms",
-                        milliseconds(work),
-                        [flops / rate * 1e3],
-                        "FLOPs / product's rate",
-                        "",
-                    )
-                )
+                wrong = error(work().reshape(right.shape) if "frontend" in name else right, right)
+                assert wrong < 1e-2, f"{what}: {wrong}"
+                times = milliseconds(work)
             except (RuntimeError, TypeError, ImportError, NotImplementedError) as failure:
-                print(f"prefill {count} after {context}: {name}: {str(failure)[:150]}")
+                print(f"{what}: {str(failure)[:150]}")
+                continue
+            rows.append(row(what, "ms", times, [flops / rate * 1e3], "FLOPs / product's rate", ""))
     return rows
+
+
+def gathered(cudnn: CudnnAttention, query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The engine's way with a long chunk behind a context. Without one it does not gather."""
+    heads, rows, dim = query.shape
+    end = len(table) * BLOCK
+    keys, values = gather(kv, LAYER, table, end)
+    strides = (KV_HEADS * end * dim, end * dim, dim, 1)
+    shape = Shape(1, rows, end, (rows * heads * dim, dim, heads * dim, 1), strides, strides, exact=True)
+    out = query.new_empty(rows, heads, dim)
+    cudnn.run(shape, SCALE, q=query, k=keys, v=values, out=out)
+    return out
+
+
+def paged(cudnn: CudnnAttention, query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The engine's way with many short chunks, here with one."""
+    heads, rows, dim = query.shape
+    pool, pages = kv[:, LAYER], len(table)
+    lengths = {
+        name: torch.tensor(value, device="cuda", dtype=torch.int32)
+        for name, value in {"rows": [rows], "keys": [pages * BLOCK], "starts": [0, rows * heads * dim]}.items()
+    }
+    shape = Shape(
+        1, rows, pages * BLOCK, (rows * heads * dim, dim, heads * dim, 1), tuple(pool[:, 0].stride()),
+        tuple(pool[:, 1].stride()), packed=True, slots=len(pool), pages=pages,
+    )  # fmt: skip
+    out = query.new_empty(rows, heads, dim)
+    cudnn.run(shape, SCALE, q=query, k=pool[:, 0], v=pool[:, 1], out=out, table=table[None], **lengths)
+    return out
+
+
+def flexible(count: int, context: int) -> Callable[..., torch.Tensor]:
+    """FlexAttention, compiled, causal and aligned at the end."""
+    mask = create_block_mask(
+        lambda _batch, _head, row, key: key <= row + context, None, None, count, count + context, device="cuda"
+    )
+    attend: Any = torch.compile(flex_attention)
+    return lambda query, keys, values: attend(query, keys, values, block_mask=mask, scale=SCALE, enable_gqa=True)
 
 
 def whole(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
@@ -164,22 +220,13 @@ def in_two(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tor
     return merged
 
 
-def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> object:
+def packed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """torch's variable-length attention, whose arguments differ between releases."""
     attend: Any = import_module("torch.nn.attention.varlen").varlen_attn
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, keys, values))
     starts = [torch.tensor([0, x.shape[0]], device="cuda", dtype=torch.int32) for x in (q, k)]
-    return attend(q, k, v, *starts, q.shape[0], k.shape[0], window_size=(-1, 0))
-
-
-def limits() -> tuple[float, float]:
-    """Bytes/s of a large copy, read and written; FLOP/s of a large bfloat16 product."""
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    copy = milliseconds(lambda: target.copy_(source))[0] / 1e3
-    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = milliseconds(lambda: a @ b)[0] / 1e3
-    return 2 * source.nbytes / copy, 2 * 8192**3 / product
+    out: torch.Tensor = attend(q, k, v, *starts, q.shape[0], k.shape[0], window_size=(-1, 0))
+    return out
 
 
 def main() -> None:

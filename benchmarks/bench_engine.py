@@ -23,6 +23,7 @@ from benchmarks.common import Row, report, row, seconds
 from twostroke import models
 from twostroke.engine.engine import Engine
 from twostroke.engine.model import Model
+from twostroke.engine.runner import Limits
 from twostroke.kv.memory import PoolMemory
 from twostroke.kv.pool import Pool
 from twostroke.messages import Output, Request, Sampling
@@ -54,7 +55,7 @@ class Ours:
     def __init__(self, directory: Path) -> None:
         self._model = Model(directory, dtype="bfloat16", block_tokens=16, threads=THREADS)
         memory = PoolMemory(SLOTS, self._model.layout.block_bytes, "benchmark")
-        self._model.bind(torch.from_numpy(memory.slots))
+        self._model.bind(torch.from_numpy(memory.slots), Limits(64, 512, 2048))
 
     def run(self, work: Callable[["Running"], Coroutine[None, None, float]]) -> float:
         """Measure on a fresh engine."""

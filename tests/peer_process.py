@@ -1,6 +1,7 @@
-"""Another process that owns a pool: the real peer of tests over shared memory.
+"""Another process that owns a pool: the real peer of tests over shared memory and CUDA IPC.
 
-``python -m tests.peer_process SLOTS BYTES INSTANCE`` fills a pool, prints its address and lives until its stdin closes.
+``python -m tests.peer_process SLOTS BYTES INSTANCE [GPU]`` fills a pool, in a memory file or on a GPU, prints its
+address and lives until its stdin closes.
 """
 
 import subprocess
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
-from twostroke.kv.memory import Bytes, PoolMemory
+from twostroke.kv.memory import Bytes, PoolMemory, SlotMemory
 from twostroke.messages import PoolAddress, encode
 
 
@@ -22,10 +23,12 @@ def content(num_slots: int, block_bytes: int) -> Bytes:
 
 @contextmanager
 def peer_process(
-    num_slots: int, block_bytes: int, instance: str = "peer"
+    num_slots: int, block_bytes: int, instance: str = "peer", gpu: int | None = None
 ) -> Iterator[tuple["subprocess.Popen[bytes]", PoolAddress]]:
-    """A process that owns a pool, killed at the latest when the context ends."""
+    """A process that owns a pool, on a GPU if its number is given; killed at the latest when the context ends."""
     command = [sys.executable, "-m", "tests.peer_process", str(num_slots), str(block_bytes), instance]
+    if gpu is not None:
+        command.append(str(gpu))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -34,10 +37,25 @@ def peer_process(
             process.kill()
 
 
+def filled(num_slots: int, block_bytes: int, instance: str, gpu: int | None) -> SlotMemory:
+    """A pool of this process that holds ``content``."""
+    if gpu is None:
+        memory = PoolMemory(num_slots, block_bytes, instance)
+        memory.slots[:] = content(num_slots, block_bytes)
+        return memory
+    import torch
+
+    from twostroke.kv.cuda_memory import CudaPool
+
+    pool = CudaPool(num_slots, block_bytes, instance, torch.device("cuda", gpu))
+    pool.slots.copy_(torch.from_numpy(content(num_slots, block_bytes)))
+    torch.cuda.synchronize(gpu)
+    return pool
+
+
 def main() -> None:
-    num_slots, block_bytes = int(sys.argv[1]), int(sys.argv[2])
-    memory = PoolMemory(num_slots, block_bytes, sys.argv[3])
-    memory.slots[:] = content(num_slots, block_bytes)
+    num_slots, block_bytes, instance = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    memory = filled(num_slots, block_bytes, instance, int(sys.argv[4]) if len(sys.argv) > 4 else None)
     print(encode(memory.address).decode(), flush=True)
     sys.stdin.read()
 

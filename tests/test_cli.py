@@ -61,7 +61,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_torch_is_not_imported_for_the_command_line() -> None:
-    code = "import sys, twostroke.cli, twostroke.up; twostroke.cli.run(['up', '--help']); print('torch' in sys.modules)"
+    code = (
+        "import sys, twostroke.cli, twostroke.config, twostroke.up; twostroke.cli.run(['up', '--help']); "
+        "twostroke.config.gpus(); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -101,11 +104,22 @@ def test_the_right_word_is_suggested(
         (("up", "--block-size", "0"), "--block-size"),
         (("up", "--chunk-size", "-5"), "--chunk-size"),
         (("up", "--threads", "-1"), "--threads"),
+        (("up", "--max-batch", "0"), "--max-batch"),
+        (("up", "--gpu-memory-utilization", "0"), "--gpu-memory-utilization"),
+        (("up", "--gpu-memory-utilization", "1.01"), "--gpu-memory-utilization"),
+        (("up", "--gpu-memory-utilization", "nan"), "--gpu-memory-utilization"),
+        (("up", "--device", "gpu"), "not a device"),
+        (("up", "--devices", "cuda:0,,cuda:1"), "not a device"),
+        (("up", "--devices", "auto"), "not a device"),
+        (("up", "--devices", "cuda:0", "--device", "cpu"), "one of them"),
         (("up", "/no/such/model", "--port", "18923"), "no such model"),
         (("up", "a", "b"), "b"),
         (("serve", "--role", "colocated"), "both"),
         (("serve", "--host", "0.0.0.0"), "cluster secret"),
         (("serve", "--dtype", "int4"), "bfloat16"),
+        (("serve", "--load-format", "pickle"), "dummy"),
+        (("serve", "--device", "cuda:x"), "not a device"),
+        (("serve", "--devices", "cuda:0"), "--device"),
         (("router",), "no workers"),
         (("router", "--prefill", "http://a:1"), "--decode"),
         (("router", "--colocated", "localhost:8100"), "http://"),
@@ -147,13 +161,27 @@ def test_up_counts(monkeypatch: pytest.MonkeyPatch, arguments: list[str], counts
 
 def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "up m --host ::1 --port 9 --schedule serial --policy round-robin --insecure --dtype float32"
-    flags += " --max-model-len 99 --kv-memory 2MiB --block-size 8 --chunk-size 64 --threads 3"
+    flags += " --max-model-len 99 --kv-memory 2MiB --block-size 8 --chunk-size 64 --threads 3 --max-batch 5"
+    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu"
     engine = EngineConfig(
-        dtype="float32", block_tokens=8, kv_memory=2 << 20, max_model_len=99, token_budget=64, threads=3
+        dtype="float32",
+        load_format="dummy",
+        block_tokens=8,
+        gpu_memory_utilization=0.5,
+        kv_memory=2 << 20,
+        max_model_len=99,
+        max_batch=5,
+        token_budget=64,
+        threads=3,
     )
     assert taken(monkeypatch, "twostroke.up", flags.split()) == UpConfig(
-        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine
+        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine, ("cuda:1", "cpu")
     )
+
+
+def test_serve_hands_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = taken(monkeypatch, "twostroke.worker.worker", ["serve", "--device", "cuda:1"])
+    assert config == WorkerConfig(engine=EngineConfig(device="cuda:1"))
 
 
 def test_no_flags_mean_the_configs_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """What the configuration accepts and refuses."""
 
 from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +42,72 @@ def test_what_is_no_size(text: str) -> None:
 def test_any_text_is_a_positive_size_or_refused(text: str) -> None:
     with suppress(StartupError):
         assert config.parse_size(text) > 0
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
+def test_devices(device: str) -> None:
+    assert config.check_device(device) == device
+
+
+@pytest.mark.parametrize(
+    "device", ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:0 ", "CUDA", "cpu:0", "mps", "cuda:٣"]
+)
+def test_what_is_no_device(device: str) -> None:
+    with pytest.raises(StartupError, match="is not a device"):
+        config.check_device(device)
+
+
+def test_one_device_of_several_is_never_auto() -> None:
+    assert config.check_device("cuda:1", auto=False) == "cuda:1"
+    with pytest.raises(StartupError, match="is not a device"):
+        config.check_device("auto", auto=False)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with two GPUs and a CUDA build of torch; its version file."""
+    nodes = ["null", "nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "nvidia-caps", "nvidia"]
+    monkeypatch.setattr("os.listdir", {"/dev": nodes}.__getitem__)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    version = tmp_path / "version.py"
+    version.write_text("from typing import Optional\ncuda: Optional[str] = '13.0'\n")
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(config, "find_spec", {"torch": spec}.get)
+    return version
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        (None, 2),
+        ("", 0),
+        ("-1", 0),
+        ("1", 1),
+        ("1, 0", 2),
+        ("0,-1,1", 1),
+        ("0,2,1", 1),
+        ("7", 0),
+        ("GPU-8f1e0d3c", 1),
+        ("MIG-a,MIG-b,MIG-c", 2),
+    ],
+)
+def test_gpus_are_those_that_are_visible(
+    driver: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert config.gpus() == count
+
+
+def test_gpus_that_torch_cannot_use_do_not_count(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.write_text("cuda = None\n")
+    assert config.gpus() == 0
+    monkeypatch.setattr(config, "find_spec", {}.get)
+    assert config.gpus() == 0
+
+
+def test_gpus_are_as_many_as_torch_says() -> None:
+    assert config.gpus() == torch.cuda.device_count()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])

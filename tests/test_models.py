@@ -146,6 +146,37 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
         models.check_directory(tmp_path)
 
 
+# -- without weights -------------------------------------------------------------------------------------------------
+
+
+def test_a_dummy_needs_the_configuration_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert models.resolve(str(tmp_path), ignore, "dummy") == tmp_path
+    with pytest.raises(ModelError, match="no weights"):
+        models.resolve(str(tmp_path), ignore)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (remove("config.json"), "no config.json"),
+        (replace("config.json", '{"architectures": ["BertForMaskedLM"]}'), "not a causal language model"),
+        (replace("tokenizer.json", '{"a":'), "tokenizer.json is truncated"),
+    ],
+)
+def test_what_a_dummy_has_must_be_whole(tmp_path: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(write_model(tmp_path / "m"))
+    with pytest.raises(ModelError, match=words):
+        models.resolve(str(tmp_path / "m"), ignore, "dummy")
+
+
+def test_whether_there_is_a_tokenizer(tmp_path: Path) -> None:
+    path = write_model(tmp_path)
+    assert models.has_tokenizer(path)
+    (path / "tokenizer.json").rename(path / "tokenizer_config.json")
+    assert not models.has_tokenizer(path)
+
+
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +200,20 @@ def test_a_hub_id_is_downloaded_and_checked(monkeypatch: pytest.MonkeyPatch, tmp
     lines: list[str] = []
     assert models.resolve("some/model", lines.append) == tmp_path
     assert lines == ["downloading some/model from the hub"]
+
+
+def test_the_weights_of_a_dummy_are_not_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def download(model: str, allow_patterns: list[str]) -> str:
+        asked.append("*.safetensors" in allow_patterns)
+        return str(tmp_path)
+
+    write_model(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    models.resolve("some/model", ignore)
+    models.resolve("some/model", ignore, "dummy")
+    assert asked == [True, False]
 
 
 def test_default_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.conftest import EOS, build_tokenizer
+from tests.tiny_tokenizer import EOS, build_tokenizer
 from twostroke.errors import BadRequest, ModelError
 from twostroke.tokenizer import Tokenizer
 
@@ -43,6 +43,26 @@ def test_chat_template_may_refuse(tokenizer: Tokenizer) -> None:
 def test_chat_without_a_template(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no chat template"):
         build_tokenizer(tmp_path, template=None).chat([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize("text", ["hello world", "你好 🙂 naïve\n\ttabs", "\x00\x7f", " two  spaces "])
+def test_a_stand_in_maps_bytes(text: str) -> None:
+    stand_in = Tokenizer.of_bytes()
+    assert stand_in.encode(text) == list(text.encode())
+    assert stand_in.decode(stand_in.encode(text)) == text
+
+
+def test_every_token_of_a_stand_in_has_its_byte_and_others_have_none() -> None:
+    stand_in = Tokenizer.of_bytes()
+    assert b"".join(map(stand_in.token_bytes, range(256))) == bytes(range(256))
+    assert stand_in.decode([256, 104, 151_645, 105]) == "hi"
+    assert (stand_in.piece(256), stand_in.token_bytes(256)) == ("", b"")
+    assert stand_in.special_ids == frozenset()
+
+
+def test_a_stand_in_chats() -> None:
+    messages = [{"role": "system", "content": "be <b>"}, {"role": "user", "content": "hi"}]
+    assert Tokenizer.of_bytes().chat(messages) == list(b"be <b>hi")
 
 
 def test_no_tokenizer_there(tmp_path: Path) -> None:

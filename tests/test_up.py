@@ -6,22 +6,28 @@ import signal
 import subprocess
 import sys
 import textwrap
+from io import StringIO
 
+import msgspec
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from twostroke import config as configs
 from twostroke import up
 from twostroke.children import Child
 from twostroke.cli import app
 from twostroke.config import EngineConfig, UpConfig
+from twostroke.messages import Slots
+from twostroke.router.registry import WorkerReport
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5), st.integers(1, 64))
 def test_cores_are_divided_whole(prefill: int, decode: int, colocated: int, cores: int) -> None:
     config = UpConfig(prefill=prefill, decode=decode, colocated=colocated)
-    plans = up.plan_workers(config, cores, range(100, 200))
+    plans = up.plan_workers(config, cores, 0, range(100, 200))
     threads = [plan.threads for plan in plans]
     assert len({plan.name for plan in plans}) == len({plan.port for plan in plans}) == prefill + decode + colocated
     assert min(threads) >= 1
@@ -30,23 +36,84 @@ def test_cores_are_divided_whole(prefill: int, decode: int, colocated: int, core
 
 
 def test_threads_that_were_asked_for_are_given() -> None:
-    plans = up.plan_workers(UpConfig(engine=EngineConfig(threads=3)), 2, [1, 2])
+    plans = up.plan_workers(UpConfig(engine=EngineConfig(threads=3)), 2, 0, [1, 2])
     assert [plan.threads for plan in plans] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "gpus", "placed"),
+    [
+        ("auto", (), 0, "cpu cpu cpu cpu"),
+        ("auto", (), 1, "cuda:0 cuda:0 cuda:0 cuda:0"),
+        ("auto", (), 2, "cuda:0 cuda:1 cuda:0 cuda:1"),
+        ("auto", (), 8, "cuda:0 cuda:1 cuda:2 cuda:3"),
+        ("cuda", (), 3, "cuda:0 cuda:1 cuda:2 cuda:0"),
+        ("cuda", (), 0, "cuda:0 cuda:0 cuda:0 cuda:0"),
+        ("cpu", (), 2, "cpu cpu cpu cpu"),
+        ("cuda:1", (), 2, "cuda:1 cuda:1 cuda:1 cuda:1"),
+        ("auto", ("cuda:1", "cuda", "cpu"), 2, "cuda:1 cuda:0 cpu cuda:1"),
+        ("auto", ("cuda",), 2, "cuda:0 cuda:0 cuda:0 cuda:0"),
+    ],
+)
+def test_workers_take_devices_in_turn(device: str, devices: tuple[str, ...], gpus: int, placed: str) -> None:
+    """Prefill first, then decode, then colocated; those on one GPU share its memory."""
+    config = UpConfig(prefill=1, decode=2, colocated=1, engine=EngineConfig(device=device), devices=devices)
+    plans = up.plan_workers(config, 4, gpus, range(4))
+    assert [plan.role for plan in plans] == ["prefill", "decode", "decode", "both"]
+    assert [plan.device for plan in plans] == placed.split()
+    for place in set(placed.split()):
+        assert sum(plan.utilization for plan in plans if plan.device == place) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "line"),
+    [(0, "CPU cores: prefill-0 3, decode-0 3 threads"), (1, "devices: prefill-0 cuda:0, decode-0 cuda:0")],
+)
+def test_what_is_shared_out_is_shown(monkeypatch: pytest.MonkeyPatch, gpus: int, line: str) -> None:
+    monkeypatch.setattr(configs, "gpus", lambda: gpus)
+    console = Console(file=StringIO(), width=200)
+    system = up.System(UpConfig(engine=EngineConfig(threads=3)), console)
+    slots = Slots(total=1, free=1, cached=0, leased=0)
+    report = WorkerReport(
+        "decode-0", "decode", "http://a:1", 7, "i", "ready", "", slots, "shm", 0, 0, 0, "m", 3, "cuda:5"
+    )
+    system._announce([report])
+    assert isinstance(console.file, StringIO)
+    printed = console.file.getvalue().splitlines()
+    assert printed[0].endswith(line)
+    assert printed[2].split() == ["decode-0", "decode", "http://a:1", "7", "cuda:5", "3"]
 
 
 def test_free_ports_differ() -> None:
     assert len(set(up.free_ports(20))) == 20
 
 
-@pytest.mark.parametrize(
-    "config", [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EngineConfig(max_model_len=9))]
+EVERYTHING = EngineConfig(
+    dtype="float32",
+    load_format="dummy",
+    block_tokens=8,
+    gpu_memory_utilization=0.6,
+    kv_memory=1 << 20,
+    max_model_len=9,
+    max_batch=5,
+    token_budget=64,
+    threads=3,
 )
-def test_the_children_understand_their_command_lines(config: UpConfig) -> None:
-    plans = up.plan_workers(config, 4, range(8100, 8110))
+
+
+@pytest.mark.parametrize("config", [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING)])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int) -> None:
+    plans = up.plan_workers(config, 4, gpus, range(8100, 8110))
     for arguments in (*(up.serve_arguments(plan, config) for plan in plans), up.router_arguments(plans, config)):
         command, bound, _ = app.parse_args([*arguments, "--parent-pid", "1"], exit_on_error=False)
         assert command.__name__ == arguments[0]
         assert bound.arguments["parent_pid"] == 1
+    for plan in plans:
+        _, bound, _ = app.parse_args(up.serve_arguments(plan, config), exit_on_error=False)
+        assert bound.arguments["options"].config() == msgspec.structs.replace(
+            config.engine, device=plan.device, gpu_memory_utilization=plan.utilization, threads=plan.threads
+        )
 
 
 async def test_a_child_reports_its_lines_and_its_end() -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from tests.api.conftest import build_tokenizer
+from tests.tiny_tokenizer import build_tokenizer
 
 VOCAB = 320
 _COMMON: dict[str, Any] = {
@@ -34,12 +34,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(architecture: str, directory: Path) -> Path:
-    """Save a model and its tokenizer. The same weights each time."""
+def make_model(architecture: str, directory: Path, **changes: object) -> Path:
+    """Save a model and its tokenizer. The same weights each time. ``changes``: of its configuration."""
     name = architecture.partition("+")[0]
     config = getattr(transformers, name.replace("ForCausalLM", "Config"))
     torch.manual_seed(1)
-    network = getattr(transformers, name)(config(**{**_COMMON, **ARCHITECTURES[architecture]}))
+    network = getattr(transformers, name)(config(**{**_COMMON, **ARCHITECTURES[architecture], **changes}))
     (eos,) = build_tokenizer(directory).special_ids
     network.config.eos_token_id = network.generation_config.eos_token_id = eos
     network.save_pretrained(directory)
@@ -47,19 +47,19 @@ def make_model(architecture: str, directory: Path) -> Path:
 
 
 @cache
-def reference(directory: Path) -> Any:  # noqa: ANN401 - transformers is untyped
+def reference(directory: Path, device: str = "cpu") -> Any:  # noqa: ANN401 - transformers is untyped
     """The model as transformers runs it, in float32 and with plain attention."""
     load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(directory, dtype=torch.float32, attn_implementation="eager")
+    return load(directory, dtype=torch.float32, attn_implementation="eager").to(device)
 
 
 @cache
-def _generate(directory: Path, prompt: tuple[int, ...], count: int) -> list[int]:
-    network = reference(directory)
+def _generate(directory: Path, prompt: tuple[int, ...], count: int, device: str) -> list[int]:
+    network = reference(directory, device)
     config = GenerationConfig(
         max_new_tokens=count, do_sample=False, eos_token_id=network.generation_config.eos_token_id, pad_token_id=0
     )
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so little work is only slowed down by more
     output = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -68,6 +68,6 @@ def _generate(directory: Path, prompt: tuple[int, ...], count: int) -> list[int]
     return tokens
 
 
-def generate(directory: Path, prompt: Seq[int], count: int) -> list[int]:
+def generate(directory: Path, prompt: Seq[int], count: int, device: str = "cpu") -> list[int]:
     """The greedy continuation by ``transformers``' own ``generate`` in float32; it ends with EOS, or ``count``."""
-    return _generate(directory, tuple(prompt), count)
+    return _generate(directory, tuple(prompt), count, device)

@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from twostroke import __version__, config
-from twostroke.config import EngineConfig, RouterConfig, UpConfig, WorkerConfig, parse_size
+from twostroke.config import EngineConfig, LoadFormat, RouterConfig, UpConfig, WorkerConfig, parse_size
 from twostroke.errors import StartupError
 from twostroke.messages import Role
 
@@ -35,18 +35,26 @@ ParentPid = Annotated[int | None, Parameter(show=False)]
 class EngineOptions:
     """Options of the engine, the same for one worker and for all workers of ``up``."""
 
+    device: str = "auto"
+    "cpu, cuda or cuda:1; auto is a GPU, if torch sees one."
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     "Numbers that weights and KV cache are made of."
+    load_format: LoadFormat = "auto"
+    "dummy makes random weights from config.json alone."
     max_model_len: int | None = None
-    "Longest prompt + answer, in tokens. [default: what model and KV memory allow]"
-    kv_memory: str = "1GiB"
-    "Size of each worker's KV cache."
+    "Longest prompt + answer, in tokens. [default: as much as fits]"
+    gpu_memory_utilization: float = 0.9
+    "Share of a GPU's memory for weights, activations and KV cache; up divides it."
+    kv_memory: str | None = None
+    "Size of each worker's KV cache. [default: 1GiB; on a GPU what the utilization leaves]"
     block_size: int = 16
     "Tokens in one KV block."
-    chunk_size: int = 512
-    "Most tokens in one engine step: decodes first, the rest for prefill."
+    chunk_size: int | None = None
+    "Most tokens in one engine step: decodes first, the rest for prefill. [default: 512; on a GPU 8192]"
+    max_batch: int = 256
+    "Most sequences in one engine step."
     threads: int | None = None
-    "CPU threads of each worker. [default: all cores; up divides them]"
+    "CPU threads of each worker. [default: all; up divides them]"
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
@@ -54,15 +62,23 @@ class EngineOptions:
         Raises:
             StartupError: a number is out of range.
         """
-        for name in ("block_size", "chunk_size", "max_model_len", "threads"):
+        for name in ("block_size", "chunk_size", "max_batch", "max_model_len", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StartupError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise StartupError(
+                f"--gpu-memory-utilization is a share, above 0 up to 1, not {self.gpu_memory_utilization}"
+            )
         return EngineConfig(
+            device=config.check_device(self.device),
             dtype=self.dtype,
+            load_format=self.load_format,
             block_tokens=self.block_size,
-            kv_memory=parse_size(self.kv_memory),
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_memory=parse_size(self.kv_memory) if self.kv_memory is not None else None,
             max_model_len=self.max_model_len,
+            max_batch=self.max_batch,
             token_budget=self.chunk_size,
             threads=self.threads or 0,
         )
@@ -79,6 +95,7 @@ def up(
     prefill: int | None = None,
     decode: int | None = None,
     colocated: int | None = None,
+    devices: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     schedule: config.Schedule = "concurrent",
@@ -93,11 +110,13 @@ def up(
     model
         Hugging Face directory, GGUF file or hub id. [default: the built-in model]
     prefill
-        Number of workers for prefill. [default: 1, or 0 beside other counts]
+        Workers for prefill. [default: 1, or 0 beside other counts]
     decode
-        Number of workers for decode. [default: 1, or 0 beside other counts]
+        Workers for decode. [default: 1, or 0 beside other counts]
     colocated
-        Number of workers that do both. [default: 0]
+        Workers that do both. [default: 0]
+    devices
+        Devices that the workers take in turn, such as cuda:0,cuda:1. [default: by --device]
     host
         Address that the router listens on.
     port
@@ -113,7 +132,10 @@ def up(
 
     unset = prefill is None and decode is None and colocated is None
     counts = (1, 1, 0) if unset else (prefill or 0, decode or 0, colocated or 0)
-    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, options.config()))
+    engine, places = options.config(), _devices(devices)
+    if places and engine.device != "auto":
+        raise StartupError("--devices is for each worker, --device for all: give one of them")
+    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, engine, places))
 
 
 @app.command
@@ -266,6 +288,12 @@ def _port(port: int) -> int:
     if not 1 <= port <= 65535:
         raise StartupError(f"--port must be between 1 and 65535, not {port}")
     return port
+
+
+def _devices(listed: str | None) -> tuple[str, ...]:
+    if listed is None:
+        return ()
+    return tuple(config.check_device(device.strip(), auto=False) for device in listed.split(","))
 
 
 def _follow(parent: int | None) -> None:

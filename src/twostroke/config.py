@@ -2,7 +2,10 @@
 
 import os
 import re
+import runpy
 from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -13,22 +16,29 @@ from twostroke.messages import Role
 
 Schedule = Literal["concurrent", "serial"]
 Policy = Literal["least-loaded", "round-robin"]
+LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
+CPU_KV_MEMORY = GiB  # where ``kv_memory`` is None; on a GPU that is what weights and activations leave
+TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # by device type, where ``token_budget`` is None
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _URL = re.compile(r"https?://[^/\s?#]+/?")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What the engine needs to know, apart from the model itself."""
 
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto is a GPU if torch sees one
     dtype: str = "bfloat16"
+    load_format: LoadFormat = "auto"
     block_tokens: int = 16
-    kv_memory: int = GiB  # bytes of the KV pool
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, activations and KV together
+    kv_memory: int | None = None  # bytes of the KV pool; None is CPU_KV_MEMORY, or what the utilization leaves
     max_model_len: int | None = None  # tokens; None is what the model and the pool allow
     max_batch: int = 256  # sequences in one step
-    token_budget: int = 512  # tokens in one step: decodes first, then prefill chunks
+    token_budget: int | None = None  # tokens in one step: decodes first, then prefill chunks; None is TOKEN_BUDGET
     threads: int = 0  # of the matrix products; 0 is all cores
 
 
@@ -77,7 +87,8 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     schedule: Schedule = "concurrent"
     policy: Policy = "least-loaded"
     insecure: bool = False
-    engine: EngineConfig = EngineConfig()  # of each worker; with ``threads`` 0 the cores are divided among them
+    engine: EngineConfig = EngineConfig()  # of each worker; they share the cores, and the utilization of one GPU
+    devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``
 
 
 def check_pools(prefill: int, decode: int, colocated: int) -> None:
@@ -121,6 +132,35 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise StartupError(f"{text!r} is not a size in bytes; write for example 512MiB or 4GiB")
     return size
+
+
+def check_device(text: str, *, auto: bool = True) -> str:
+    """A device as torch names it, or "auto". Whether there is one shows when it is used.
+
+    Raises:
+        StartupError: no device is called that.
+    """
+    if not (_DEVICE.fullmatch(text) or (auto and text == "auto")):
+        raise StartupError(f"{text!r} is not a device; write {'auto, ' if auto else ''}cpu, cuda or for example cuda:1")
+    return text
+
+
+def gpus() -> int:
+    """How many GPUs torch would see, found without the seconds that importing it takes: with a CUDA build of torch,
+    the driver's device nodes, less what ``CUDA_VISIBLE_DEVICES`` hides.
+    """
+    torch = find_spec("torch")
+    if not torch or not torch.origin or not runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"]:
+        return 0
+    nodes = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return nodes
+    names = takewhile(  # as CUDA reads them: up to the first that is none
+        lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < nodes),
+        map(str.strip, visible.split(",")),
+    )
+    return min(nodes, len(list(names)))
 
 
 def cluster_secret() -> str:

@@ -116,6 +116,14 @@ class EngineFailed(RequestError):
     code = "engine_failed"
 
 
+class OutOfMemory(RequestError):
+    """A step of this request needs more of the device's memory than is left; the other requests go on."""
+
+    status = 503
+    code = "out_of_memory"
+    retry_safe = True
+
+
 class HandoverFailed(RequestError):
     """The hand-over ended before every block was verified. The consumer computes what is missing."""
 
@@ -144,6 +152,10 @@ class ModelError(StartupError):
 
 class PortInUse(StartupError):
     """The port is taken."""
+
+
+class DeviceLost(TwostrokeError):
+    """The device does not compute any more: nothing that this process holds on it can be used."""
 
 
 class MemoryTooSmall(StartupError):

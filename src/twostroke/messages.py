@@ -4,12 +4,12 @@ Wire form is JSON (msgspec). Unknown fields are refused, sizes are bounded by th
 checked at attach, so two versions never talk past each other.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 Role = Literal["both", "prefill", "decode"]
 WorkerState = Literal["starting", "ready", "draining"]
@@ -43,6 +43,11 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report; 0 reports the chosen token's only; None is off
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the next token depends on which tokens came before, other than through the network."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,15 +115,31 @@ class Attach(Struct, frozen=True, forbid_unknown_fields=True):
     protocol: int = PROTOCOL
 
 
-class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a worker's pool can be read on the same host: the memory file ``/proc/<pid>/fd/<fd>``."""
+class MemoryFile(Struct, frozen=True, tag="file", forbid_unknown_fields=True):
+    """A pool in the memory file ``/proc/<pid>/fd/<fd>``, whose header is stamped with the owner's instance."""
 
-    host: Name  # the boot id of the machine; another machine cannot map the file
-    pid: Count
+    kind: ClassVar[str] = "a memory file"
     fd: Count
-    instance: Name  # stamped in the file's header, so a reused pid cannot pass for the worker
+
+
+class CudaMemory(Struct, frozen=True, tag="cuda", forbid_unknown_fields=True):
+    """A pool in a CUDA allocation that its owner exports to other processes (CUDA IPC)."""
+
+    kind: ClassVar[str] = "GPU memory"
+    device: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]  # the GPU's UUID
+    handle: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}\Z")]  # the 64 bytes of its cudaIpcMemHandle_t
+    offset: Annotated[int, Meta(ge=0, le=2**48)]  # bytes from the allocation's start to the first slot
+
+
+class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker's pool can be read on the same host."""
+
+    host: Name  # the boot id of the machine; another machine cannot map the memory
+    pid: Count  # of the process that owns it
+    instance: Name  # of the worker: a pid can be reused
     num_slots: Count
     block_bytes: Count
+    memory: MemoryFile | CudaMemory
 
 
 class Opened(Struct, frozen=True, tag="opened", forbid_unknown_fields=True):
@@ -199,6 +220,7 @@ class WorkerInfo(Struct, frozen=True):
     waiting: int  # requests that wait for slots or a turn
     queued_tokens: int  # tokens still to compute of running and waiting prompts
     threads: int
+    device: str = "cpu"  # as torch names it, such as "cuda:0"
     protocol: int = PROTOCOL
 
 

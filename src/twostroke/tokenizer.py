@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from twostroke.errors import BadRequest, ModelError
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not (yet) UTF-8
+_PLAIN_CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 class Tokenizer:
@@ -41,6 +44,16 @@ class Tokenizer:
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ModelError(f"the tokenizer in {path} has no fast version (tokenizer.json)")
         return cls(hf)
+
+    @classmethod
+    def of_bytes(cls) -> "Tokenizer":
+        """A stand-in for a model without a tokenizer: token ids are bytes, other ids have no text."""
+        from transformers import PreTrainedTokenizerFast
+
+        rust = tokenizers.Tokenizer(BPE(vocab=_byte_alphabet(), merges=[]))
+        rust.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+        rust.decoder = decoders.ByteLevel()
+        return cls(PreTrainedTokenizerFast(tokenizer_object=rust, chat_template=_PLAIN_CHAT))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` adds what the model expects around a prompt, such as BOS."""

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import cycle, islice
 
 import aiohttp
 import msgspec
@@ -38,35 +39,63 @@ class Plan(Struct, frozen=True):
     role: Role
     port: int
     threads: int
+    device: str
+    utilization: float  # of a GPU's memory
 
     @property
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
 
-def plan_workers(config: UpConfig, cores: int, ports: Sequence[int]) -> list[Plan]:
-    """Names, ports and threads. Cores left over by an even split go to the first workers, which prefill."""
+def plan_workers(config: UpConfig, cores: int, gpus: int, ports: Sequence[int]) -> list[Plan]:
+    """Names, ports, threads and devices. Workers on one device share its memory. Cores left over by an even split go
+    to the first workers, which prefill.
+    """
     roles: list[tuple[str, Role]] = [
         *((f"prefill-{i}", "prefill") for i in range(config.prefill)),
         *((f"decode-{i}", "decode") for i in range(config.decode)),
         *((f"colocated-{i}", "both") for i in range(config.colocated)),
     ]
     share, spare = divmod(cores, len(roles))
+    devices = list(islice(cycle(_devices(config, gpus)), len(roles)))
     return [
-        Plan(name, role, ports[i], config.engine.threads or max(1, share + (i < spare)))
+        Plan(
+            name,
+            role,
+            ports[i],
+            threads=config.engine.threads or max(1, share + (i < spare)),
+            device=devices[i],
+            utilization=config.engine.gpu_memory_utilization / devices.count(devices[i]),
+        )
         for i, (name, role) in enumerate(roles)
     ]
+
+
+def _devices(config: UpConfig, gpus: int) -> Sequence[str]:
+    """What workers are placed on in turn: what was asked for, or every GPU."""
+    device = config.engine.device
+    if config.devices:
+        return ["cuda:0" if device == "cuda" else device for device in config.devices]
+    if device in ("auto", "cuda"):
+        return [f"cuda:{i}" for i in range(gpus)] or ["cpu" if device == "auto" else "cuda:0"]
+    return [device]
 
 
 def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
     """The command line of one worker."""
     engine = config.engine
-    length = ["--max-model-len", str(engine.max_model_len)] if engine.max_model_len else []
+    optional = {
+        "--max-model-len": engine.max_model_len,
+        "--kv-memory": engine.kv_memory,
+        "--chunk-size": engine.token_budget,
+    }
     return [
         *("serve", *([config.model] if config.model else [])),
         *("--role", plan.role, "--name", plan.name, "--host", LOOPBACK, "--port", str(plan.port)),
-        *("--dtype", engine.dtype, "--block-size", str(engine.block_tokens), "--kv-memory", str(engine.kv_memory)),
-        *("--chunk-size", str(engine.token_budget), "--threads", str(plan.threads), *length),
+        *("--device", plan.device, "--gpu-memory-utilization", str(plan.utilization), "--threads", str(plan.threads)),
+        *("--dtype", engine.dtype, "--load-format", engine.load_format),
+        *("--block-size", str(engine.block_tokens), "--max-batch", str(engine.max_batch)),
+        *(part for name, value in optional.items() if value is not None for part in (name, str(value))),
     ]
 
 
@@ -91,7 +120,7 @@ def run(config: UpConfig) -> int:
     configs.check_bind(config.host, configs.cluster_secret(), config.insecure)
     bind(config.host, config.port).close()  # a port in use is better told now than after a minute of loading
     console = Console(highlight=False)
-    resolve(config.model, lambda line: console.print(escape(line)))
+    resolve(config.model, lambda line: console.print(escape(line)), config.engine.load_format)
     return asyncio.run(System(config, console).run())
 
 
@@ -104,11 +133,15 @@ class System:
         self._console = console
         self._secret = configs.cluster_secret() or secrets.token_hex(32)
         cores = len(os.sched_getaffinity(0))
-        self._plans = plan_workers(config, cores, free_ports(config.prefill + config.decode + config.colocated))
+        ports = free_ports(config.prefill + config.decode + config.colocated)
+        self._plans = plan_workers(config, cores, configs.gpus(), ports)
         self._workers: list[Child] = []
         self._router: list[Child] = []
         self._stop = asyncio.Event()
-        self._console.print(f"{cores} CPU cores: {', '.join(f'{p.name} {p.threads}' for p in self._plans)} threads")
+        if any(plan.device != "cpu" for plan in self._plans):
+            self._console.print(f"devices: {', '.join(f'{p.name} {p.device}' for p in self._plans)}")
+        else:
+            self._console.print(f"{cores} CPU cores: {', '.join(f'{p.name} {p.threads}' for p in self._plans)} threads")
 
     async def run(self) -> int:
         """From start to stop; the exit code."""
@@ -167,9 +200,9 @@ class System:
 
     def _announce(self, workers: Sequence[WorkerReport]) -> None:
         url, model = self._url(), workers[0].model if workers else default_name(self._config.model)
-        table = Table("worker", "role", "URL", "pid", "threads", box=None, pad_edge=False)
+        table = Table("worker", "role", "URL", "pid", "device", "threads", box=None, pad_edge=False)
         for worker in workers:
-            table.add_row(worker.id, worker.role, worker.url, str(worker.pid), str(worker.threads))
+            table.add_row(worker.id, worker.role, worker.url, str(worker.pid), worker.device, str(worker.threads))
         self._console.print(table)
         links = sorted({worker.link for worker in workers if worker.role != "colocated"})
         self._console.print(f"link: {', '.join(links) or 'none, workers are colocated'}")

@@ -14,6 +14,7 @@ from tests.e2e.system import System, descendants, launch
 from twostroke import models
 
 FLOAT32 = ("--dtype", "float32")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as workers choose it
 ROLES = {"prefill-0": "prefill", "decode-0": "decode"}
 
 
@@ -39,11 +40,11 @@ def embedded() -> Path:
 
 
 class Reference:
-    """Greedy generation by transformers, in float32, one prompt at a time."""
+    """Greedy generation by transformers, in float32, one prompt at a time, on the device that the workers use."""
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(DEVICE)
         self.generate = cache(self._generate)
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ class Reference:
         return [self.encode(text) for text in TEXTS] + [self.encode(LONGEST)[:4000]]
 
     def _generate(self, prompt: tuple[int, ...], tokens: int) -> list[int]:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         with torch.inference_mode():
             out = self._model.generate(
                 ids,

@@ -90,6 +90,8 @@ def launch(
         arguments = []
         for (name, role), port in zip(roles.items(), ports, strict=False):
             worker = ["serve", *([str(model)] if model else []), "--role", role, "--name", name, "--threads", "1"]
+            if "--kv-memory" not in engine:  # or one worker would take all of a GPU's memory
+                worker += ["--kv-memory", "1GiB"]
             system.workers[name] = _start(tmp, name, port, [*worker, *engine])
             arguments += [pools[role], system.workers[name].url]
         system.router = _start(tmp, "router", ports[-1], ["router", *arguments, *router])

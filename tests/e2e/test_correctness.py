@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import FLOAT32, ROLES, Reference
+from tests.e2e.conftest import DEVICE, FLOAT32, ROLES, Reference
 from tests.e2e.system import System, client, generate, launch, post
 
 TOKENS = 12
+ODD_BLOCK = "7" if DEVICE == "cpu" else "48"
 
 
 async def check(system: System, url: str, reference: Reference, prompts: Sequence[tuple[int, ...]]) -> None:
@@ -68,10 +69,10 @@ async def test_seeded_sampling_is_the_same_disaggregated_and_colocated(system: S
 @pytest.mark.parametrize(
     ("engine", "router"),
     [
-        (("--block-size", "7", "--chunk-size", "8192"), ("--schedule", "serial")),
+        (("--block-size", ODD_BLOCK, "--chunk-size", "8192"), ("--schedule", "serial")),
         (("--block-size", "32", "--chunk-size", "64"), ("--schedule", "concurrent", "--policy", "round-robin")),
     ],
-    ids=["serial, block 7, chunk > prompt", "concurrent, block 32, chunk 64"],
+    ids=["serial, odd blocks, chunk > prompt", "concurrent, block 32, chunk 64"],
 )
 async def test_other_settings(
     tmp_path: Path, reference: Reference, engine: tuple[str, ...], router: tuple[str, ...]

@@ -4,22 +4,25 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from tests.engine.rig import Rig, ids, request, running, until
+from tests.engine.ahead import AheadRunner
+from tests.engine.rig import Rig, ids, preemptions, request, running, until
 from tests.tiny import ARCHITECTURES, VOCAB, generate
 from twostroke.engine.engine import Admitted, Progress, Update
-from twostroke.engine.scheduler import Chunk, Sequence
-from twostroke.errors import EngineFailed, Overloaded
+from twostroke.engine.runner import Launched
+from twostroke.engine.scheduler import Chunk
+from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded
 from twostroke.messages import Output, Token
 
 Tiny = Callable[[str], Path]
 COUNT = 10
+DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 _random = random.Random(5)
 
 
@@ -42,29 +45,17 @@ def llama(tiny_model: Tiny) -> Path:
 @contextmanager
 def paused(rig: Rig) -> Iterator[threading.Event]:
     """The next step stops in the middle until the event is set."""
-    go, forward = threading.Event(), rig.model.forward
+    go, launch = threading.Event(), rig.model.launch
 
-    def wait(chunks: list[Chunk]) -> torch.Tensor:
+    def wait(chunks: Seq[Chunk]) -> Launched:
         assert go.wait(30)
-        return forward(chunks)
+        return launch(chunks)
 
-    rig.model.forward = wait  # type: ignore[method-assign, assignment]
+    rig.model.launch = wait  # type: ignore[method-assign]
     try:
         yield go
     finally:
         go.set()
-
-
-def preemptions(rig: Rig) -> list[Sequence]:
-    """From now on, who is preempted."""
-    seen, preempt = [], rig.engine.scheduler._preempt
-
-    def note(sequence: Sequence) -> None:
-        seen.append(sequence)
-        preempt(sequence)
-
-    rig.engine.scheduler._preempt = note  # type: ignore[method-assign]
-    return seen
 
 
 # -- greedy ----------------------------------------------------------------------------------------------------------
@@ -79,6 +70,7 @@ def test_the_reference_depends_on_all_of_the_prompt(tiny_model: Tiny) -> None:
         assert len({token for answer in answers for token in answer}) > 15
 
 
+@DEPTHS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("block_tokens", "budget", "max_batch"),
@@ -86,35 +78,41 @@ def test_the_reference_depends_on_all_of_the_prompt(tiny_model: Tiny) -> None:
     ids=["whole prompts", "small chunks", "blocks of 5"],
 )
 async def test_greedy_is_generate(
-    tiny_model: Tiny, architecture: str, block_tokens: int, budget: int, max_batch: int
+    tiny_model: Tiny, architecture: str, block_tokens: int, budget: int, max_batch: int, depth: int
 ) -> None:
     directory = tiny_model(architecture)
-    async with running(directory, block_tokens=block_tokens, budget=budget, max_batch=max_batch, slots=300) as rig:
+    async with running(
+        directory, block_tokens=block_tokens, budget=budget, max_batch=max_batch, slots=300, depth=depth
+    ) as rig:
         got = await asyncio.gather(
             *(rig.tokens(request(prompt, COUNT, priority=i % 3)) for i, prompt in enumerate(PROMPTS))
         )
     assert got == [generate(directory, prompt, COUNT) for prompt in PROMPTS]
 
 
+@DEPTHS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_greedy_with_prefix_hits(tiny_model: Tiny, architecture: str) -> None:
+async def test_greedy_with_prefix_hits(tiny_model: Tiny, architecture: str, depth: int) -> None:
     directory = tiny_model(architecture)
-    async with running(directory, block_tokens=5) as rig:
+    async with running(directory, block_tokens=5, depth=depth) as rig:
         for prompt in (PROMPTS[-1], PROMPTS[12], PREFIX):
             first = await rig.outputs(rig.engine.submit(request(prompt, COUNT)))
             again = await rig.outputs(rig.engine.submit(request(prompt, COUNT)))
             longer = [*prompt, *ids(first), 7, 8]
             more = await rig.outputs(rig.engine.submit(request(longer, COUNT)))
             assert again[0].cached_tokens == (len(prompt) - 1) // 5 * 5
-            assert more[0].cached_tokens == (len(prompt) + len(ids(first)) - 1) // 5 * 5
+            # Two steps deep, the KV of a last token that ends it by surprise is computed, too: in vain until now.
+            computed = len(prompt) + len(first) - (depth == 1 or first[-1].finish == "length")
+            assert more[0].cached_tokens == computed // 5 * 5
             assert ids(first) == ids(again) == generate(directory, prompt, COUNT)
             assert ids(more) == generate(directory, longer, COUNT)
 
 
+@DEPTHS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_greedy_with_preemption(tiny_model: Tiny, architecture: str) -> None:
+async def test_greedy_with_preemption(tiny_model: Tiny, architecture: str, depth: int) -> None:
     directory, prompts = tiny_model(architecture), [random_prompt(length) for length in (14, 15, 11, 9, 20, 3)]
-    async with running(directory, block_tokens=4, slots=14, budget=20) as rig:
+    async with running(directory, block_tokens=4, slots=14, budget=20, depth=depth) as rig:
         preempted = preemptions(rig)
         got = await asyncio.gather(*(rig.tokens(request(prompt, 24)) for prompt in prompts))
     assert len(preempted) > 2
@@ -139,8 +137,9 @@ async def test_priorities_decide_who_is_served_first(llama: Path) -> None:
     assert order == [9, 1, 2, 3]
 
 
-async def test_eos_ends_and_ignore_eos_goes_on(llama: Path) -> None:
-    async with running(llama) as rig:
+@DEPTHS
+async def test_eos_ends_and_ignore_eos_goes_on(llama: Path, depth: int) -> None:
+    async with running(llama, depth=depth) as rig:
         biased: dict[str, Any] = {"logit_bias": {0: 1000.0}}
         (only,) = await rig.outputs(rig.engine.submit(request([5, 6], 4, **biased)))
         assert (only.tokens[0].id, only.finish) == (0, "stop")
@@ -148,12 +147,29 @@ async def test_eos_ends_and_ignore_eos_goes_on(llama: Path) -> None:
         assert (ids(outputs), outputs[-1].finish) == ([0] * 4, "length")
 
 
+@DEPTHS
+async def test_a_stop_token_ends(llama: Path, depth: int) -> None:
+    """Two steps deep, the token after it is being computed by then: in vain."""
+    expected = [generate(llama, prompt, COUNT) for prompt in PROMPTS]
+    stops = [tokens[len(tokens) // 2] for tokens in expected]
+    async with running(llama, depth=depth) as rig:
+        pairs = zip(PROMPTS, stops, strict=True)
+        asked = [request(prompt, COUNT, stop_token_ids=frozenset([stop])) for prompt, stop in pairs]
+        outputs = await asyncio.gather(*(rig.outputs(rig.engine.submit(one)) for one in asked))
+    assert [ids(one) for one in outputs] == [
+        tokens[: tokens.index(stop) + 1] for tokens, stop in zip(expected, stops, strict=True)
+    ]
+    assert {one[-1].finish for one in outputs} == {"stop"}
+
+
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
-async def test_seeded_sampling_is_the_same_in_any_company(llama: Path) -> None:
+@DEPTHS
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+async def test_seeded_sampling_is_the_same_in_any_company(llama: Path, penalty: float, depth: int) -> None:
     knobs: list[dict[str, Any]] = [
-        {"seed": seed, "temperature": 1.5, "top_p": 0.95, "top_k": 50, "frequency_penalty": 0.3, "logprobs": 0}
+        {"seed": seed, "temperature": 1.5, "top_p": 0.95, "top_k": 50, "frequency_penalty": penalty, "logprobs": 0}
         for seed in range(6)
     ]
     prompts = [random_prompt(length) for length in (3, 20, 33, 50, 17, 8)]
@@ -161,10 +177,10 @@ async def test_seeded_sampling_is_the_same_in_any_company(llama: Path) -> None:
     async with running(llama) as rig:
         for prompt, knob in zip(prompts, knobs, strict=True):
             alone.append(await rig.tokens(request(prompt, 20, **knob)))
-    async with running(llama, budget=11, max_batch=11, block_tokens=5) as rig:
+    async with running(llama, budget=11, max_batch=11, block_tokens=5, depth=depth) as rig:
         asked = [request(prompt, 20, **knob) for prompt, knob in zip(prompts, knobs, strict=True)]
         crowded = await asyncio.gather(*(rig.tokens(one) for one in asked))
-    async with running(llama, block_tokens=4, slots=22) as rig:
+    async with running(llama, block_tokens=4, slots=22, depth=depth) as rig:
         preempted = preemptions(rig)
         asked = [request(prompt, 20, **knob) for prompt, knob in zip(prompts, knobs, strict=True)]
         preempting = await asyncio.gather(*(rig.tokens(one) for one in asked))
@@ -174,8 +190,9 @@ async def test_seeded_sampling_is_the_same_in_any_company(llama: Path) -> None:
     assert alone[0] != generate(llama, prompts[0], 20)
 
 
-async def test_penalties_see_what_was_said_before(llama: Path) -> None:
-    async with running(llama) as rig:
+@DEPTHS
+async def test_penalties_see_what_was_said_before(llama: Path, depth: int) -> None:
+    async with running(llama, depth=depth) as rig:
         tokens = await rig.tokens(request([5, 6], 4, logit_bias={7: 1000.0, 8: 900.0}, repetition_penalty=2.0))
     assert tokens == [7, 8, 7, 7]
 
@@ -240,8 +257,9 @@ async def test_load_tells_what_is_to_be_done(llama: Path) -> None:
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
-async def test_abort_frees_everything_and_lets_the_next_in(llama: Path) -> None:
-    async with running(llama, slots=4) as rig:
+@DEPTHS
+async def test_abort_frees_everything_and_lets_the_next_in(llama: Path, depth: int) -> None:
+    async with running(llama, slots=4, depth=depth) as rig:
         long = rig.engine.submit(request(PREFIX, 20, ignore_eos=True))
         next_ = rig.engine.submit(request(PREFIX[5:], 3))
         updates = long.updates()
@@ -254,8 +272,9 @@ async def test_abort_frees_everything_and_lets_the_next_in(llama: Path) -> None:
         assert long.sequence.finish == "abort"
 
 
-async def test_abort_during_a_step(llama: Path) -> None:
-    async with running(llama) as rig:
+@DEPTHS
+async def test_abort_during_a_step(llama: Path, depth: int) -> None:
+    async with running(llama, depth=depth) as rig:
         with paused(rig) as go:
             job, other = rig.engine.submit(request(PREFIX, 4)), rig.engine.submit(request(PREFIX[3:], 4))
             await until(lambda: job.started)
@@ -269,19 +288,22 @@ async def test_abort_during_a_step(llama: Path) -> None:
         assert not any(isinstance(update, Output) for update in left)
 
 
-async def test_a_step_that_fails_ends_its_requests_and_no_others(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with running(llama, max_batch=2) as rig:
-        forward = rig.model.forward
+@DEPTHS
+async def test_a_step_that_fails_ends_its_requests_and_no_others(
+    llama: Path, caplog: pytest.LogCaptureFixture, depth: int
+) -> None:
+    async with running(llama, max_batch=1 + depth, depth=depth) as rig:  # two deep, the gate is there meanwhile
+        launch = rig.model.launch
 
-        def fail_once(chunks: list[Chunk]) -> torch.Tensor:
-            rig.model.forward = forward  # type: ignore[method-assign]
+        def fail_once(chunks: Seq[Chunk]) -> Launched:
+            rig.model.launch = launch  # type: ignore[method-assign]
             raise RuntimeError("out of luck")
 
         with paused(rig) as go:
             gate = rig.engine.submit(request([1], 1))
             await until(lambda: gate.started)
             jobs = [rig.engine.submit(request([5 + number] * 20, 5)) for number in range(4)]
-            rig.model.forward = fail_once  # type: ignore[method-assign, assignment]
+            rig.model.launch = fail_once  # type: ignore[method-assign]
             go.set()
             results = await asyncio.gather(*(rig.outputs(job) for job in jobs), return_exceptions=True)
         failed = [result for result in results if isinstance(result, EngineFailed)]
@@ -312,6 +334,123 @@ async def test_stopping_is_not_dying(llama: Path) -> None:
         await rig.tokens(request([1, 2], 2))
     await asyncio.sleep(0.01)
     assert not rig.died.is_set()
+
+
+# -- two steps deep --------------------------------------------------------------------------------------------------
+
+
+async def test_the_next_step_is_launched_before_the_present_one_is_waited_for(llama: Path) -> None:
+    async with running(llama, depth=2) as rig:
+        runner = rig.model.runner
+        assert isinstance(runner, AheadRunner)
+        assert await rig.tokens(request(PREFIX[:20], 4, ignore_eos=True)) == generate(llama, PREFIX[:20], 4)
+        assert runner.log == ["launch", "launch", "tokens", "launch", "tokens", "launch", "tokens", "tokens"]
+        assert runner.unknown == 3
+
+
+async def test_who_needs_history_is_not_computed_ahead_but_others_are(llama: Path) -> None:
+    knobs: dict[str, Any] = {"logit_bias": {7: 1000.0, 8: 900.0}, "repetition_penalty": 2.0, "ignore_eos": True}
+    async with running(llama, depth=2) as rig:
+        runner = rig.model.runner
+        assert isinstance(runner, AheadRunner)
+        assert await rig.tokens(request([5, 6], 4, **knobs)) == [7, 8, 7, 7]
+        assert runner.unknown == 0
+        both = await asyncio.gather(rig.tokens(request([5, 6], 8, **knobs)), rig.tokens(request(PREFIX, COUNT)))
+        assert runner.unknown > 0
+    assert list(both) == [[7, 8, 7, 7, 7, 7, 7, 7], generate(llama, PREFIX, COUNT)]
+
+
+async def test_random_aborts_leave_the_others_alone(llama: Path) -> None:
+    """Whoever is aborted, between steps or in the middle of two, the others get their tokens."""
+    chance = random.Random(3)
+    async with running(llama, block_tokens=4, slots=60, budget=20, depth=2) as rig:
+
+        async def ask(prompt: list[int], patience: int) -> list[int] | None:
+            job = rig.engine.submit(request(prompt, COUNT))
+            outputs: list[Output] = []
+            async for update in job.updates():
+                if isinstance(update, Output):
+                    outputs.append(update)
+                    if len(outputs) == patience:
+                        rig.engine.abort(job)
+                        return None
+            return ids(outputs)
+
+        asked = [(prompt, chance.choice([1, 2, 5, 99])) for prompt in PROMPTS for _ in range(3)]
+        got = await asyncio.gather(*(ask(*one) for one in asked))
+    assert any(tokens is None for tokens in got)
+    for (prompt, _), tokens in zip(asked, got, strict=True):
+        assert tokens in (None, generate(llama, prompt, COUNT))
+
+
+@DEPTHS
+async def test_out_of_memory_ends_the_largest_chunks_request_alone(llama: Path, depth: int) -> None:
+    large = random_prompt(100)
+    async with running(llama, budget=512, depth=depth) as rig:
+        launch, refused = rig.model.launch, 0
+
+        def limited(chunks: Seq[Chunk]) -> Launched:
+            nonlocal refused
+            if any(chunk.size > 50 for chunk in chunks):
+                refused += 1
+                raise OutOfMemory("too much")
+            return launch(chunks)
+
+        rig.model.launch = limited  # type: ignore[method-assign]
+        decoding = [rig.engine.submit(request(prompt, 30)) for prompt in PROMPTS[:3]]
+        heads = [aiter(job.updates()) for job in decoding]
+        for updates in heads:
+            while not isinstance(await anext(updates), Output):
+                pass
+        with pytest.raises(OutOfMemory, match="too much"):
+            await rig.tokens(request(large, 3))
+        with paused(rig) as go:  # prefills in the step that fails, another one that is too large among them
+            others = [asyncio.create_task(rig.tokens(request(prompt, COUNT))) for prompt in PROMPTS[3:6]]
+            failing = [asyncio.create_task(rig.tokens(request([*large, *[7] * n], 3))) for n in range(2)]
+            await until(lambda: rig.engine.load().running + rig.engine.load().waiting >= 5)
+            go.set()
+            assert await asyncio.gather(*others) == [generate(llama, prompt, COUNT) for prompt in PROMPTS[3:6]]
+            failed = await asyncio.gather(*failing, return_exceptions=True)
+        assert [type(error) for error in failed] == [OutOfMemory] * 2
+        assert refused == 3
+        for job, prompt in zip(decoding, PROMPTS, strict=False):
+            await until(lambda job=job: job.sequence.finish is not None)  # type: ignore[misc]
+            assert job.sequence.tokens[len(prompt) :] == generate(llama, prompt, 30)
+        rig.model.launch = launch  # type: ignore[method-assign]
+        assert await rig.tokens(request(large, COUNT)) == generate(llama, large, COUNT)
+        assert not rig.died.is_set()
+
+
+@DEPTHS
+@pytest.mark.parametrize("at_launch", [True, False])
+async def test_a_lost_device_ends_every_request(
+    llama: Path, depth: int, at_launch: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those that wait, and those that load: nothing will ever be computed for them."""
+    async with running(llama, max_batch=3, depth=depth) as rig:
+        launch, left = rig.model.launch, iter(range(4, -1, -1))
+
+        class Lost(NamedTuple):
+            step: Launched
+
+            def tokens(self) -> list[Token]:
+                if not at_launch and next(left) == 0:
+                    raise DeviceLost("it fell off the bus")
+                return self.step.tokens()
+
+        def lose(chunks: Seq[Chunk]) -> Launched:
+            if at_launch and next(left) == 0:
+                raise DeviceLost("it fell off the bus")
+            return Lost(launch(chunks))
+
+        rig.model.launch = lose  # type: ignore[method-assign]
+        loading = rig.engine.submit(request(PREFIX, 5), loads=True)
+        jobs = [loading, *(rig.engine.submit(request(prompt, 50, ignore_eos=True)) for prompt in PROMPTS[:4])]
+        waited = asyncio.gather(*(rig.outputs(job) for job in jobs), return_exceptions=True)
+        results = await asyncio.wait_for(waited, 10)
+        assert [type(result) for result in results] == [EngineFailed] * len(jobs)
+        assert "it fell off the bus" in caplog.text
+        await asyncio.wait_for(rig.died.wait(), 5)
 
 
 # -- blocks from elsewhere -------------------------------------------------------------------------------------------

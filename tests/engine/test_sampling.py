@@ -30,7 +30,7 @@ def row(
     **knobs: object,
 ) -> Row:
     values: dict[str, Any] = {"max_tokens": 100, "seed": seed, "temperature": temperature, **knobs}
-    return Row(Sampling(**values), prompt or [1, 2], output or [], eos)
+    return Row(Sampling(**values), prompt or [1, 2], output or [], len(output or []), eos)
 
 
 def logits_of(seed: int, rows: int = 1) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The scheduler: each promise by example, and any sequence of events against a model that reads its whole context."""
 
 import hashlib
+from collections import deque
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 import pytest
@@ -35,6 +37,25 @@ def expected(request: Request) -> tuple[list[int], FinishReason]:
             return tokens, "length"
 
 
+class Launch:
+    """A step in flight, as the device has it: block tables and tokens are those of when it was planned."""
+
+    def __init__(self, chunks: Seq[Chunk], block_tokens: int) -> None:
+        self.chunks = chunks
+        self.block_tokens = block_tokens
+        self.tables = [c.sequence.slots()[: -(-(c.start + c.size) // block_tokens)] for c in chunks]
+        self.known = [c.sequence.tokens[: c.start + c.size] for c in chunks]
+        self.sampled: list[Token] | None = None  # once it is computed
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return any(chunk.sequence is sequence for chunk in self.chunks)
+
+    def written(self) -> list[int]:
+        """The slots that it writes."""
+        pairs = zip(self.chunks, self.tables, strict=True)
+        return [slot for chunk, table in pairs for slot in table[chunk.start // self.block_tokens :]]
+
+
 class FakeModel:
     """Stands for the network: what it keeps for a token depends on all tokens before, as real KV does, and it checks
     that it finds the whole context where the scheduler says it is.
@@ -43,6 +64,7 @@ class FakeModel:
     def __init__(self, total: int, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self.kv: list[list[int | None]] = [[None] * block_tokens for _ in range(total)]
+        self.last: dict[Sequence, int] = {}  # the token that was last sampled
 
     def write(self, slots: Seq[int], tokens: Seq[int], start: int, end: int) -> None:
         for at in range(start, end):
@@ -53,13 +75,27 @@ class FakeModel:
             found = self.kv[slots[at // self.block_tokens]][at % self.block_tokens]
             assert found == hash(tuple(tokens[: at + 1])), f"token {at} has another token's KV"
 
-    def forward(self, chunks: Seq[Chunk]) -> list[Token]:
-        for sequence, start, size in chunks:
-            self.write(sequence.slots(), sequence.tokens, start, start + size)
-        for sequence, start, size in chunks:
-            self.check(sequence.slots(), sequence.tokens, start + size)
-        sampling = (chunk for chunk in chunks if chunk.samples)
-        return [Token(pure_token(c.sequence.request.id, len(c.sequence.tokens))) for c in sampling]
+    def forward(self, step: Launch) -> None:
+        contexts = []
+        for chunk, known in zip(step.chunks, step.known, strict=True):
+            end = chunk.start + chunk.size
+            contexts.append(known if len(known) == end else [*known, self.last[chunk.sequence]])
+            assert len(contexts[-1]) == end, "only a chunk's one token can be unknown"
+        for chunk, table, tokens in zip(step.chunks, step.tables, contexts, strict=True):
+            self.write(table, tokens, chunk.start, len(tokens))
+        for table, tokens in zip(step.tables, contexts, strict=True):
+            self.check(table, tokens, len(tokens))
+        step.sampled = []
+        for chunk, tokens in zip(step.chunks, contexts, strict=True):
+            if chunk.samples:
+                self.last[chunk.sequence] = pure_token(chunk.sequence.request.id, len(tokens))
+                step.sampled.append(Token(self.last[chunk.sequence]))
+
+    def spoil(self, step: Launch) -> None:
+        """What a step leaves behind that breaks off."""
+        for chunk, table in zip(step.chunks, step.tables, strict=True):
+            for at in range(chunk.start, chunk.start + chunk.size):
+                self.kv[table[at // self.block_tokens]][at % self.block_tokens] = None
 
 
 class Bench:
@@ -71,8 +107,8 @@ class Bench:
         self.scheduler = Scheduler(
             self.pool, block_tokens=block_tokens, max_batch=max_batch, token_budget=token_budget, eos=[EOS]
         )
+        self.flight: deque[Launch] = deque()
         self._next = 0
-        self._chunks: list[Chunk] = []
 
     def add(
         self,
@@ -86,9 +122,12 @@ class Bench:
         ignore_eos: bool = True,
         min_tokens: int = 0,
         stop: frozenset[int] = frozenset(),
+        penalty: float = 0,
     ) -> Sequence:
         self._next += 1
-        sampling = Sampling(max_tokens, 0, ignore_eos=ignore_eos, min_tokens=min_tokens, stop_token_ids=stop)
+        sampling = Sampling(
+            max_tokens, 0, ignore_eos=ignore_eos, min_tokens=min_tokens, stop_token_ids=stop, frequency_penalty=penalty
+        )
         request = Request(id_ or f"r{self._next}/0/0", list(prompt), sampling, priority=priority)
         sequence = Sequence(request, ROOT, loads=loads, exports=exports)
         self.scheduler.add(sequence)
@@ -98,22 +137,41 @@ class Bench:
         self.planned()
         return self.commit()
 
-    def finish(self, limit: int = 200) -> None:
-        """Step until nothing is left to do."""
+    def finish(self, depth: int = 1, limit: int = 200) -> None:
+        """Step until nothing is left to do, with up to ``depth`` steps in flight."""
         for _ in range(limit):
-            self.step()
+            while len(self.flight) < depth and self.planned():
+                pass
+            self.commit()
             if not self.scheduler.running and not self.scheduler.waiting:
                 return
         raise AssertionError("sequences starve")
 
     def planned(self) -> list[tuple[Sequence, int, int]]:
-        """Begin a step; ``commit`` ends it."""
+        """Begin a step; ``commit`` ends the oldest."""
         self.scheduler.admit()
-        self._chunks = self.scheduler.plan()
-        return [(chunk.sequence, chunk.start, chunk.size) for chunk in self._chunks]
+        chunks = self.scheduler.plan()
+        if chunks:
+            self.flight.append(Launch(chunks, self.model.block_tokens))
+        return [(chunk.sequence, chunk.start, chunk.size) for chunk in chunks]
+
+    def compute(self) -> None:
+        """Compute the oldest step in flight that is not computed yet."""
+        self.model.forward(next(step for step in self.flight if step.sampled is None))
 
     def commit(self) -> list[Result]:
-        return self.scheduler.commit(self.model.forward(self._chunks))
+        if not self.flight:
+            return []
+        if self.flight[0].sampled is None:
+            self.compute()
+        sampled = self.flight.popleft().sampled
+        assert sampled is not None
+        return self.scheduler.commit(sampled)
+
+    def fail(self, blamed: Collection[Sequence] | None = None) -> list[Sequence]:
+        """The newest step breaks off."""
+        self.model.spoil(self.flight.pop())
+        return self.scheduler.fail(blamed)
 
     @property
     def counts(self) -> Slots:
@@ -127,10 +185,11 @@ def output(sequence: Sequence) -> list[int]:
 # -- one promise at a time -------------------------------------------------------------------------------------------
 
 
-def test_a_request_gets_its_tokens_and_leaves_nothing_held() -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_request_gets_its_tokens_and_leaves_nothing_held(depth: int) -> None:
     bench = Bench()
     sequence = bench.add(range(1, 11), max_tokens=9)
-    bench.finish()
+    bench.finish(depth)
     assert (output(sequence), sequence.finish) == expected(sequence.request)
     assert sequence.state is State.FINISHED
     assert bench.counts.leased == 0
@@ -143,7 +202,7 @@ def test_admission_is_by_priority_then_arrival() -> None:
     for _ in range(4):
         order += bench.scheduler.admit()
         while bench.scheduler.running:
-            bench.scheduler.commit(bench.model.forward(bench.scheduler.plan()))
+            bench.step()
     assert order == [urgent, first, second, late]
 
 
@@ -352,6 +411,17 @@ def test_abort_of_a_waiting_sequence() -> None:
     assert (waiting.state, waiting.finish, bench.scheduler.waiting) == (State.FINISHED, "abort", [])
 
 
+def test_abort_of_a_preempted_sequence() -> None:
+    bench = Bench(slots=3, block_tokens=4)
+    bench.add([1, 2, 3, 4], max_tokens=8)
+    preempted = bench.add([5, 6, 7, 8], max_tokens=8)
+    bench.step()
+    bench.step()
+    assert (preempted.state, preempted.outputs, preempted.flying) == (State.WAITING, 1, False)
+    bench.scheduler.abort(preempted)
+    assert (preempted.state, bench.scheduler.waiting) == (State.FINISHED, [])
+
+
 def test_abort_between_steps_frees_at_once() -> None:
     bench = Bench()
     sequence = bench.add()
@@ -387,7 +457,7 @@ def test_a_failed_step_ends_what_it_computed_and_nothing_else() -> None:
     planned = [bench.add(), bench.add()]
     waiting = bench.add()
     bench.planned()
-    assert bench.scheduler.fail() == planned
+    assert bench.fail() == planned
     assert [sequence.finish for sequence in planned] == ["abort", "abort"]
     assert bench.counts.leased == 0
     bench.finish()
@@ -552,6 +622,240 @@ def test_who_exports_is_not_preempted() -> None:
     assert output(decoding) == expected(decoding.request)[0]
 
 
+# -- steps in flight -------------------------------------------------------------------------------------------------
+
+
+def tokens_of(results: Seq[Result]) -> list[tuple[Sequence, int | None]]:
+    return [(sequence, token.id if token else None) for sequence, token in results]
+
+
+def test_a_decoding_sequence_is_in_every_step() -> None:
+    bench = Bench()
+    one, two = bench.add([1, 2, 3], max_tokens=20), bench.add([4, 5], max_tokens=20)
+    bench.planned()
+    for step in range(10):
+        assert (one.unknown, one.length, len(one.tokens)) == (1, 4 + step, 3 + step)
+        assert bench.planned() == [(one, 3 + step, 1), (two, 2 + step, 1)]
+        assert tokens_of(bench.commit()) == [
+            (one, pure_token(one.request.id, 3 + step)),
+            (two, pure_token(two.request.id, 2 + step)),
+        ]
+
+
+def test_a_prompt_goes_on_while_its_first_chunk_is_in_flight() -> None:
+    bench = Bench(token_budget=5)
+    sequence = bench.add(range(1, 13))
+    steps = [bench.planned(), bench.planned()]
+    assert tokens_of(bench.commit()) == [(sequence, None)]
+    steps.append(bench.planned())
+    assert (sequence.computed, sequence.scheduled, sequence.unknown) == (5, 12, 1)
+    bench.commit()
+    steps.append(bench.planned())
+    assert steps == [[(sequence, 0, 5)], [(sequence, 5, 5)], [(sequence, 10, 2)], [(sequence, 12, 1)]]
+    bench.finish(2)
+    assert output(sequence) == expected(sequence.request)[0]
+
+
+def test_what_samples_is_decided_when_it_is_planned() -> None:
+    bench = Bench(token_budget=3)
+    sequence = bench.add([1, 2, 3, 4])
+    bench.scheduler.admit()
+    steps = [bench.scheduler.plan() for _ in range(3)]
+    assert steps == [
+        [Chunk(sequence, 0, 3, samples=False)],
+        [Chunk(sequence, 3, 1, samples=True)],
+        [Chunk(sequence, 4, 1, samples=True)],
+    ]
+
+
+def test_two_tokens_are_never_unknown_to_a_chunk() -> None:
+    """The device knows what the step before sampled, no more."""
+    bench = Bench()
+    sequence = bench.add()
+    assert bench.planned() == [(sequence, 0, 3)]
+    assert bench.planned() == [(sequence, 3, 1)]
+    assert bench.planned() == []
+    assert len(bench.scheduler.flight) == 2
+    bench.commit()
+    assert bench.planned() == [(sequence, 4, 1)]
+
+
+def test_nothing_is_planned_after_the_token_that_ends_a_sequence_by_its_length() -> None:
+    bench = Bench()
+    sequence = bench.add(max_tokens=2)
+    lease = bench.pool.lease()
+    exported = bench.add([7, 7], max_tokens=1, exports=lease)
+    assert bench.planned() == [(sequence, 0, 3), (exported, 0, 2)]
+    assert bench.planned() == [(sequence, 3, 1)]
+    bench.commit()
+    assert bench.planned() == []
+    bench.commit()
+    assert (sequence.finish, exported.finish) == ("length", "length")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(4, 0, ignore_eos=True, repetition_penalty=1.1),
+        Sampling(4, 0, ignore_eos=True, presence_penalty=-0.5),
+        Sampling(4, 0, ignore_eos=True, frequency_penalty=0.5),
+    ],
+)
+def test_penalties_wait_for_the_token(sampling: Sampling) -> None:
+    """Sampling depends on which tokens came before; the chunks of a prompt sample nothing, so they need not wait."""
+    bench = Bench(token_budget=2)
+    sequence = Sequence(Request("p/0/0", [1, 2, 3], sampling), ROOT)
+    bench.scheduler.add(sequence)
+    assert [bench.planned(), bench.planned()] == [[(sequence, 0, 2)], [(sequence, 2, 1)]]
+    bench.commit()
+    assert bench.planned() == []
+    bench.commit()
+    assert bench.planned() == [(sequence, 3, 1)]
+    bench.finish(2)
+    assert output(sequence) == expected(sequence.request)[0]
+
+
+def test_a_stop_token_wastes_the_steps_in_flight_and_nothing_else() -> None:
+    bench = Bench(block_tokens=4)
+    id_, before = first_eos()
+    sequence, other = bench.add(id_=id_, max_tokens=12, ignore_eos=False), bench.add(max_tokens=12)
+    for _ in range(before):
+        bench.step()
+    bench.planned()
+    assert bench.planned() == [(sequence, 3 + before, 1), (other, 3 + before, 1)]
+    assert [result.sequence for result in bench.commit()] == [sequence, other]
+    assert (sequence.finish, output(sequence)[-1]) == ("stop", EOS)
+    assert bench.counts.leased == len(sequence.slots()) + len(other.slots()) > len(other.slots())
+    assert bench.planned() == [(other, 4 + before, 1)]
+    assert [result.sequence for result in bench.commit()] == [other]
+    assert (sequence.state, len(output(sequence))) == (State.FINISHED, before + 1)
+    assert bench.counts.leased == len(other.slots())
+    bench.finish(2)
+    assert output(other) == expected(other.request)[0]
+
+
+def test_who_has_ended_cannot_be_aborted() -> None:
+    bench = Bench()
+    id_, before = first_eos()
+    sequence = bench.add(id_=id_, max_tokens=12, ignore_eos=False)
+    for _ in range(before):
+        bench.step()
+    bench.planned(), bench.planned()
+    bench.commit()
+    bench.scheduler.abort(sequence)
+    assert sequence.finish == "stop"
+    assert bench.commit() == []
+    assert (sequence.state, bench.counts.leased) == (State.FINISHED, 0)
+
+
+def test_an_aborted_sequence_holds_its_slots_until_the_last_step_in_flight() -> None:
+    """Nobody knows the token that its last block ends with, so that block cannot be found."""
+    bench = Bench(block_tokens=4)
+    sequence = bench.add([1, 2, 3])
+    bench.planned(), bench.planned()
+    bench.scheduler.abort(sequence)
+    assert bench.commit() == []
+    assert (sequence.state, bench.counts.leased) == (State.RUNNING, 1)
+    assert bench.commit() == []
+    assert (sequence.state, output(sequence)) == (State.FINISHED, [])
+    assert bench.counts == Slots(total=16, free=16, cached=0, leased=0)
+
+
+def test_who_is_in_flight_is_preempted_a_step_later() -> None:
+    """Its slots are being written. It is held back, or it would be in flight for ever."""
+    bench = Bench(slots=4, block_tokens=4)
+    first = bench.add([1, 2, 3, 4], max_tokens=9)
+    second = bench.add([5, 6, 7], max_tokens=9)
+    assert bench.planned() == [(first, 0, 4), (second, 0, 3)]
+    assert bench.planned() == [(first, 4, 1), (second, 3, 1)]  # first has two slots now
+    bench.commit()
+    assert bench.planned() == [(first, 5, 1), (second, 4, 1)]  # so has second
+    for at in (6, 7):
+        bench.commit()
+        assert bench.planned() == [(first, at, 1), (second, at - 1, 1)]
+    bench.commit()
+    assert bench.planned() == []  # first has to wait; second would have been planned
+    assert (second.state, second.flying) == (State.RUNNING, True)
+    bench.commit()
+    assert bench.planned() == [(first, 8, 1)]
+    assert second.state is State.WAITING
+    bench.finish(2)
+    assert [output(s) for s in (first, second)] == [expected(s.request)[0] for s in (first, second)]
+
+
+def test_who_is_in_flight_does_not_preempt_itself() -> None:
+    bench = Bench(slots=2, block_tokens=4)
+    sequence = bench.add([1, 2, 3, 4])
+    loading = bench.add([5, 6], loads=True)
+    assert bench.planned() == [(sequence, 0, 4)]
+    assert bench.planned() == []
+    assert sequence.state is State.RUNNING
+    bench.commit()
+    assert bench.planned() == []
+    assert (sequence.state, loading.state) == (State.WAITING, State.LOADING)
+    bench.scheduler.abort(loading)
+    bench.finish(2)
+    assert output(sequence) == expected(sequence.request)[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_preempted_sequences_go_on_as_if_nothing_had_been(depth: int) -> None:
+    bench = Bench(slots=4, block_tokens=2, token_budget=6)
+    sequences = [bench.add([number, 1, 1], max_tokens=5) for number in range(3)]
+    bench.finish(depth)
+    assert [output(s) for s in sequences] == [expected(s.request)[0] for s in sequences]
+    assert bench.counts.leased == 0
+
+
+def test_a_failed_step_does_not_touch_the_one_before() -> None:
+    """Who was in both holds its slots until that one is committed, and has no result any more."""
+    bench = Bench(max_batch=3)
+    both, last = bench.add(), bench.add(max_tokens=1)
+    bench.planned()
+    late = bench.add([7, 8])
+    bench.planned()
+    assert bench.fail() == [both, late]
+    assert (both.state, late.state) == (State.RUNNING, State.FINISHED)
+    assert [result.sequence for result in bench.commit()] == [last]
+    assert (both.state, both.finish, last.finish) == (State.FINISHED, "abort", "length")
+    assert bench.counts.leased == 0
+
+
+def test_only_who_is_blamed_for_a_failure_ends() -> None:
+    bench = Bench(token_budget=8)
+    decoding, short = bench.add([1, 2, 3]), bench.add([4, 5])
+    bench.planned()
+    long = bench.add(range(10, 30))
+    step = bench.planned()
+    assert step == [(decoding, 3, 1), (short, 2, 1), (long, 0, 6)]
+    assert bench.fail([long]) == [long]
+    assert (long.finish, long.state) == ("abort", State.FINISHED)
+    assert bench.planned() == step[:2]
+    bench.finish(2)
+    assert [output(s) for s in (decoding, short)] == [expected(s.request)[0] for s in (decoding, short)]
+    assert bench.counts.leased == 0
+
+
+def test_who_ended_before_a_step_failed_is_not_blamed() -> None:
+    bench = Bench()
+    aborted, other = bench.add(), bench.add()
+    bench.planned()
+    bench.scheduler.abort(aborted)
+    assert bench.fail() == [other]
+    assert (aborted.state, other.state) == (State.FINISHED, State.FINISHED)
+
+
+def test_nobody_is_blamed_and_nothing_is_lost() -> None:
+    bench = Bench(token_budget=4)
+    sequence = bench.add(range(1, 8))
+    bench.planned()
+    step = bench.planned()
+    assert bench.fail([]) == []
+    assert bench.planned() == step
+    bench.finish(2)
+    assert output(sequence) == expected(sequence.request)[0]
+
+
 # -- any sequence of events ------------------------------------------------------------------------------------------
 
 
@@ -559,15 +863,17 @@ PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=14)  # of two tokens,
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """A step is two rules, so that everything else also happens in the middle of one."""
+    """A step is several rules, so that everything else also happens in the middle of one."""
 
     @initialize(
+        depth=st.integers(1, 3),
         slots=st.integers(3, 9),
         block_tokens=st.integers(1, 4),
         max_batch=st.integers(1, 5),
         spare=st.integers(0, 12),
     )
-    def start(self, slots: int, block_tokens: int, max_batch: int, spare: int) -> None:
+    def start(self, depth: int, slots: int, block_tokens: int, max_batch: int, spare: int) -> None:
+        self.depth = depth  # steps in flight, at most
         self.bench = Bench(slots, block_tokens, max_batch, token_budget=max_batch + spare)
         self.scheduler = self.bench.scheduler
         self.alive: list[Sequence] = []
@@ -575,7 +881,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.got: dict[Sequence, list[int]] = {}  # tokens that were reported
         self.exports: dict[Sequence, Lease] = {}
         self.loaded: dict[Sequence, int] = {}  # tokens brought into a LOADING sequence
-        self.stepping: list[Chunk] | None = None
+        self.flight = self.bench.flight
 
     def fits(self, tokens: int) -> bool:
         return -(-tokens // self.bench.model.block_tokens) <= self.bench.pool.total
@@ -588,6 +894,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         min_tokens=st.integers(0, 3),
         stop=st.frozensets(st.integers(1, 7), max_size=1),
+        penalty=st.sampled_from([0.0, 0.0, 0.5]),
     )
     def add(
         self,
@@ -598,6 +905,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos: bool,
         min_tokens: int,
         stop: frozenset[int],
+        penalty: float,
     ) -> None:
         max_tokens = 1 if kind == "exports" else max_tokens
         if not self.fits(len(prompt) + max_tokens):
@@ -605,7 +913,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lease = self.bench.pool.lease() if kind == "exports" else None
         sequence = self.bench.add(
             prompt, max_tokens=max_tokens, priority=priority, loads=kind == "loads", exports=lease,
-            ignore_eos=ignore_eos, min_tokens=min_tokens, stop=stop,
+            ignore_eos=ignore_eos, min_tokens=min_tokens, stop=stop, penalty=penalty,
         )  # fmt: skip
         self.alive.append(sequence)
         self.got[sequence] = []
@@ -617,63 +925,93 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The engine admits whenever something has changed, also during a step."""
         self.scheduler.admit()
 
-    @precondition(lambda self: self.stepping is None)
+    @precondition(lambda self: len(self.flight) < self.depth)
     @rule()
     def plan(self) -> None:
         self.scheduler.admit()
-        self.stepping = list(self.scheduler.plan())
-        note(str([(chunk.sequence.request.id, chunk.start, chunk.size) for chunk in self.stepping]))
-        sizes = [chunk.size for chunk in self.stepping]
+        decoding, waiting = self.decoding(), list(self.scheduler.waiting)
+        before = self.flight[-1] if self.flight else None
+        step = self.bench.planned()
+        note(str([(sequence.request.id, start, size) for sequence, start, size in step]))
+        assert len(self.flight) == len(self.scheduler.flight)
+        if self.bench.pool.available and self.scheduler.waiting == waiting:
+            assert decoding <= {sequence for sequence, _, _ in step}, "there was room for one that was left out"
+        if not step:
+            return
+        sizes = [size for _, _, size in step]
         assert sum(sizes) <= self.scheduler.token_budget
-        assert min(sizes, default=1) >= 1
+        assert min(sizes) >= 1
         assert [size > 1 for size in sizes] == sorted(size > 1 for size in sizes), "singles come first"
-        assert len({chunk.sequence for chunk in self.stepping}) == len(self.stepping)
-        written: list[int] = []
-        for sequence, start, size in self.stepping:
-            assert sequence.state is State.RUNNING
-            assert start == sequence.computed
-            block_tokens = self.bench.model.block_tokens
-            written += sequence.slots()[start // block_tokens : (start + size - 1) // block_tokens + 1]
-            assert len(sequence.slots()) * block_tokens >= start + size
-        assert len(set(written)) == len(written), "a slot is written twice in one step"
-        for slot in written:
-            assert self.holders(slot) == 1, "a slot that is written is in two hands"
+        assert len({sequence for sequence, _, _ in step}) == len(step)
+        for sequence, start, size, samples in self.flight[-1].chunks:
+            assert (sequence.state, sequence.finish) == (State.RUNNING, None)
+            assert sequence.scheduled == start + size
+            if start + size <= len(sequence.tokens):
+                assert samples == (start + size == len(sequence.tokens))
+                continue
+            assert (start, size, samples) == (len(sequence.tokens), 1, True), "more than one token is not known"
+            assert not sequence.request.sampling.needs_history
+            assert start + 1 - len(sequence.request.prompt) < sequence.request.sampling.max_tokens
+            assert self.depth > 2 or (before and sequence in before), "its token is not the step's before"
+
+    def decoding(self) -> set[Sequence]:
+        """Who is in the next step if there is room: one token is missing, and that one is known or of use."""
+
+        def decodes(sequence: Sequence) -> bool:
+            ahead = [chunk for step in self.flight for chunk in step.chunks if chunk.sequence is sequence]
+            unknown = sum(chunk.samples for chunk in ahead)
+            if len(sequence.tokens) + unknown - sequence.computed - sum(chunk.size for chunk in ahead) != 1:
+                return False
+            sampling = sequence.request.sampling
+            ends = sequence.outputs + unknown == sampling.max_tokens
+            return unknown == 0 or (unknown == 1 and not ends and not sampling.needs_history)
+
+        going = [s for s in self.scheduler.running if s.state is State.RUNNING and s.finish is None]
+        return {sequence for sequence in going if decodes(sequence)}
 
     def holders(self, slot: int) -> int:
         leases = [sequence.lease for sequence in self.alive if sequence.lease] + list(self.exports.values())
         return sum(slot in lease.slots for lease in leases)
 
-    @precondition(lambda self: self.stepping is not None)
+    @precondition(lambda self: any(step.sampled is None for step in self.flight))
+    @rule()
+    def compute(self) -> None:
+        """The device is done with one more step, which is committed some time later."""
+        self.bench.compute()
+
+    @precondition(lambda self: self.flight)
     @rule()
     def commit(self) -> None:
-        assert self.stepping is not None
-        aborted = [chunk.sequence for chunk in self.stepping if chunk.sequence.finish]
-        samples = {chunk.sequence for chunk in self.stepping if chunk.samples} - set(aborted)
-        results = self.scheduler.commit(self.bench.model.forward(self.stepping))
-        assert [r.sequence for r in results] == [c.sequence for c in self.stepping if c.sequence not in aborted]
-        assert {result.sequence for result in results if result.token} == samples
-        self.stepping = None
+        step = self.flight[0]
+        going = [chunk for chunk in step.chunks if not chunk.sequence.finish]
+        results = self.bench.commit()
+        assert [result.sequence for result in results] == [chunk.sequence for chunk in going]
+        assert [result.token is not None for result in results] == [chunk.samples for chunk in going]
         for sequence, token in results:
             if token:
                 self.got[sequence].append(token.id)
         self.bury()
 
-    @precondition(lambda self: self.stepping is not None)
-    @rule()
-    def fail(self) -> None:
-        assert self.stepping is not None
-        assert self.scheduler.fail() == [chunk.sequence for chunk in self.stepping]
-        assert all(chunk.sequence.finish == "abort" for chunk in self.stepping)
-        self.stepping = None
+    @precondition(lambda self: self.flight and self.flight[-1].sampled is None)
+    @rule(data=st.data(), everybody=st.booleans())
+    def fail(self, data: st.DataObject, everybody: bool) -> None:
+        sequences = [chunk.sequence for chunk in self.flight[-1].chunks]
+        blamed = sequences if everybody else data.draw(st.lists(st.sampled_from(sequences), unique=True))
+        going = [sequence for sequence in sequences if not sequence.finish]
+        failed = self.bench.fail(None if everybody else blamed)
+        assert failed == [sequence for sequence in going if sequence in blamed]
+        assert all(sequence.finish == "abort" for sequence in failed)
+        assert all(sequence.finish is None for sequence in going if sequence not in failed)
         self.bury()
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(self.alive))
+        finish = sequence.finish
         self.scheduler.abort(sequence)
-        during = self.stepping is not None and any(chunk.sequence is sequence for chunk in self.stepping)
-        assert (sequence.state is State.FINISHED) != during
+        assert sequence.finish == (finish or "abort")
+        assert (sequence.state is State.FINISHED) != any(sequence in step for step in self.flight)
         self.bury()
 
     def loading(self) -> list[Sequence]:
@@ -733,6 +1071,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert counts.leased == len({slot for lease in leases for slot in lease.slots})
 
     @invariant()
+    def what_is_in_flight_is_in_nobody_elses_hands(self) -> None:
+        for step in self.flight:
+            for chunk, table in zip(step.chunks, step.tables, strict=True):
+                assert chunk.sequence.slots()[: len(table)] == table, "slots are gone that a step in flight uses"
+            assert len(set(step.written())) == len(step.written()), "a slot is written twice in one step"
+            for slot in step.written():
+                assert self.holders(slot) == 1, "a slot that is written is in two hands"
+
+    @invariant()
+    def what_is_scheduled_is_computed_or_in_flight(self) -> None:
+        for sequence in self.alive:
+            chunks = [chunk for step in self.flight for chunk in step.chunks if chunk.sequence is sequence]
+            assert sequence.scheduled == sequence.computed + sum(chunk.size for chunk in chunks)
+            assert sequence.flying == bool(chunks)
+            if sequence.state is State.RUNNING and sequence.finish is None:
+                assert sequence.unknown == sum(chunk.samples for chunk in chunks)
+
+    @invariant()
     def everybody_is_in_one_place(self) -> None:
         assert len(self.scheduler.running) <= self.scheduler.max_batch
         waiting, running = self.scheduler.waiting, self.scheduler.running
@@ -759,18 +1115,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         """From anywhere, everything ends: first while those who compute exports still hold them."""
         if not hasattr(self, "bench"):
             return
-        if self.stepping is not None:
+        while self.flight:
             self.commit()
         for sequence in self.done:
             if lease := self.exports.pop(sequence, None):
                 lease.release()
         for _ in range(400):
             self.scheduler.admit()
-            for sequence in self.loading():
-                self._resume(sequence, known=False)
-            self.plan()
-            assert self.stepping or not self.alive, "nothing is computed and somebody waits"
-            self.commit()
+            while loading := self.loading():  # who resumes can have to wait, for one that loads
+                self._resume(loading[0], known=False)
+                self.scheduler.admit()
+            for _ in range(self.depth - len(self.flight)):
+                self.plan()
+            assert self.flight or not self.alive, "nothing is computed and somebody waits"
+            if self.flight:
+                self.commit()
             self.the_account_balances()
             for sequence in self.done:
                 if lease := self.exports.pop(sequence, None):
@@ -781,5 +1140,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.bench.counts.leased == 0
 
 
-SchedulerMachine.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=50)
+SchedulerMachine.TestCase.settings = settings(deadline=None, max_examples=200, stateful_step_count=50)
 TestScheduler = SchedulerMachine.TestCase

@@ -14,8 +14,8 @@ import pytest
 
 from tests.peer_process import content, peer_process
 from twostroke.errors import HandoverFailed, MemoryTooSmall
-from twostroke.kv.memory import PoolMemory, host_id, map_peer
-from twostroke.messages import PoolAddress, encode
+from twostroke.kv.memory import PoolMemory, host_id, map_peer, started
+from twostroke.messages import CudaMemory, MemoryFile, PoolAddress, encode
 
 READER = """
 import sys, msgspec
@@ -32,6 +32,11 @@ def mapped() -> int:
     """How many pools this process maps."""
     gc.collect()  # tracebacks of errors can still hold a mapping
     return Path("/proc/self/maps").read_text().count("twostroke-pool")
+
+
+def address_of(fd: int) -> PoolAddress:
+    """A pool in one of our own files."""
+    return PoolAddress(host_id(), os.getpid(), "peer", num_slots=2, block_bytes=8, memory=MemoryFile(fd))
 
 
 def test_owner_sees_its_slots() -> None:
@@ -92,10 +97,11 @@ def test_another_instance_is_refused(instance: str) -> None:
     memory.close()
 
 
-def test_another_machine_is_refused() -> None:
+def test_gpu_memory_is_refused() -> None:
     memory = PoolMemory(2, 8, "peer")
-    with pytest.raises(HandoverFailed, match="another machine"):
-        map_peer(msgspec.structs.replace(memory.address, host="elsewhere"))
+    gpu = CudaMemory(device="GPU", handle="00" * 64, offset=0)
+    with pytest.raises(HandoverFailed, match="is GPU memory, ours a memory file"):
+        map_peer(msgspec.structs.replace(memory.address, memory=gpu))
     memory.close()
 
 
@@ -104,12 +110,12 @@ def test_another_machine_is_refused() -> None:
     [
         {"num_slots": 3},  # more than there are
         {"block_bytes": 2**31 - 1, "num_slots": 2**31 - 1},
-        {"fd": 2**31 - 1},
+        {"memory": MemoryFile(2**31 - 1)},
         {"pid": 2**31 - 1},
         {"pid": 0},
     ],
 )
-def test_an_address_that_leads_nowhere_is_refused(change: dict[str, int]) -> None:
+def test_an_address_that_leads_nowhere_is_refused(change: dict[str, int | MemoryFile]) -> None:
     memory = PoolMemory(2, 4096, "peer")
     with pytest.raises(HandoverFailed, match="cannot be mapped"):
         map_peer(msgspec.structs.replace(memory.address, **change))
@@ -119,7 +125,7 @@ def test_an_address_that_leads_nowhere_is_refused(change: dict[str, int]) -> Non
 def test_a_file_that_is_no_pool_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100_000))
     with (tmp_path / "file").open("rb") as file:
-        address = PoolAddress(host_id(), os.getpid(), file.fileno(), "peer", num_slots=2, block_bytes=8)
+        address = address_of(file.fileno())
         with pytest.raises(HandoverFailed, match="another instance"):
             map_peer(address)
 
@@ -128,7 +134,7 @@ def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path: Path) -> Non
     """Opening a named pipe to read blocks until somebody writes; a peer's word must not be able to do that to us."""
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    address = PoolAddress(host_id(), os.getpid(), pipe, "peer", num_slots=2, block_bytes=8)
+    address = address_of(pipe)
     with pytest.raises(HandoverFailed, match="cannot be mapped"):
         map_peer(address)
     os.close(pipe)
@@ -147,3 +153,19 @@ def test_too_little_memory_is_said_before_anything_is_taken() -> None:
     with pytest.raises(MemoryTooSmall, match="lower --kv-memory"):
         PoolMemory(slots, 2**20, "me")
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_process_is_told_by_its_start() -> None:
+    script = "open('/proc/self/comm', 'w').write(') Z 1 ('); print(flush=True); input()"  # a name that looks like more
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        before = started(process.pid)
+        process.stdout.readline()
+        assert started(process.pid) == before != started(os.getppid())
+        assert before is not None
+        assert int(before) >= int(started(os.getpid()) or 0) > 0
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert started(process.pid) is None, "it is a zombie"
+    assert started(process.pid) is None
+    assert started(0) is started(2**31 - 1) is None

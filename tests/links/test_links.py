@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from tests.peer_process import content, peer_process
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes, PoolMemory
+from twostroke.links import copying
+from twostroke.links.copying import runs
 from twostroke.links.link import Link, MemoryLink
 from twostroke.links.shm import SharedMemoryLink
-from twostroke.messages import PoolAddress
+from twostroke.messages import CudaMemory, PoolAddress
 
 SLOTS, BYTES, PEER_SLOTS = 6, 3000, 8
 
@@ -111,6 +113,14 @@ def test_names() -> None:
     assert {MemoryLink.name, SharedMemoryLink.name} == {"memory", "shm"}
 
 
+@given(pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
+def test_runs_are_the_pairs_in_order(pairs: list[tuple[int, int]]) -> None:
+    copies = list(runs([theirs for theirs, _ in pairs], [ours for _, ours in pairs]))
+    assert [(theirs + i, ours + i) for theirs, ours, count in copies for i in range(count)] == pairs
+    ends = [(theirs + count, ours + count) for theirs, ours, count in copies]
+    assert all(end != following[:2] for end, following in zip(ends, copies[1:], strict=False)), "none could be longer"
+
+
 # -- shared memory ---------------------------------------------------------------------------------------------------
 
 
@@ -124,8 +134,29 @@ async def test_a_peer_that_is_gone() -> None:
     with peer_process(2, BYTES, "gone") as (process, address):
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with pytest.raises(HandoverFailed, match="cannot be mapped"):
+    with pytest.raises(HandoverFailed, match="process is gone"):
         await link.read(address, [0], [0])
+    link.close()
+
+
+async def test_a_peer_that_is_gone_after_a_read() -> None:
+    own = np.zeros((2, BYTES), np.uint8)
+    link = SharedMemoryLink(own)
+    with peer_process(2, BYTES, "gone") as (process, address):
+        await link.read(address, [0], [0])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with pytest.raises(HandoverFailed, match="process is gone"):
+        await link.read(address, [1], [1])
+    assert not own[1].any()
+    link.close()
+
+
+async def test_a_peer_whose_pool_is_gpu_memory(peer: PoolAddress) -> None:
+    link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
+    gpu = CudaMemory(device="GPU", handle="00" * 64, offset=0)
+    with pytest.raises(HandoverFailed, match="is GPU memory, ours a memory file"):
+        await link.read(msgspec.structs.replace(peer, memory=gpu), [0], [0])
     link.close()
 
 
@@ -147,8 +178,25 @@ async def test_close_lets_go_of_files_memory_and_threads(peer: PoolAddress) -> N
     assert (mapped(), len(os.listdir("/proc/self/fd")), threading.active_count()) == (maps, files, threads)
 
 
+async def test_a_peer_that_is_gone_is_let_go_without_another_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool's memory lives as long as somebody maps it, and its worker, started again, needs it."""
+    monkeypatch.setattr(copying, "SWEEP_SECONDS", 0.01)
+    maps = mapped()
+    link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
+    with peer_process(2, BYTES, "gone") as (process, address):
+        await link.read(address, [0], [0])
+        await asyncio.sleep(0.1)
+        assert mapped() == maps + 1
+        process.kill()
+        process.wait()
+        async with asyncio.timeout(10):
+            while mapped() > maps:  # noqa: ASYNC110 - what another thread changes
+                await asyncio.sleep(0.01)
+    link.close()
+
+
 async def test_pools_of_peers_that_are_gone_are_let_go_when_another_comes() -> None:
-    """Their memory lives as long as somebody maps it: a peer that restarts must not cost a pool each time."""
+    """A peer that restarts must not cost a pool each time."""
     maps = mapped()
     link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
     for number in range(3):

@@ -2,20 +2,22 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-import torch
 
 from tests.engine.rig import Rig, request, running, until
 from tests.tiny import generate
 from twostroke.engine.engine import Job, Progress, Update
+from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import Conflict, EngineFailed, HandoverFailed
 from twostroke.messages import (
+    PROTOCOL,
     Alive,
     Attach,
     Confirm,
@@ -25,10 +27,12 @@ from twostroke.messages import (
     Output,
     Published,
     Sampled,
+    Token,
 )
 from twostroke.worker.producer import Producer
 
 PROMPT = list(range(10, 50))  # 2 blocks and a half
+DEPTHS = pytest.mark.parametrize("depth", [1, 2])
 LONG = 60.0  # seconds: a test that waits so long fails
 
 
@@ -79,10 +83,15 @@ def llama(tiny_model: Callable[[str], Path]) -> Path:
 
 @asynccontextmanager
 async def staged(
-    directory: Path, *, lease_seconds: float = LONG, attach_timeout: float = LONG, heartbeat: float = LONG
+    directory: Path,
+    *,
+    lease_seconds: float = LONG,
+    attach_timeout: float = LONG,
+    heartbeat: float = LONG,
+    depth: int = 1,
 ) -> AsyncIterator[Stage]:
     """``running`` checks the account at the end; no hand-over may be open then either."""
-    async with running(directory, budget=16) as rig:
+    async with running(directory, budget=16, depth=depth) as rig:
         stage = Stage(rig, lease_seconds=lease_seconds, attach_timeout=attach_timeout, heartbeat=heartbeat)
         yield stage
         assert stage.producer.open == 0
@@ -113,23 +122,27 @@ def check_stream(stage: Stage, events: list[Event], first: int) -> None:
 
 
 def slowed(rig: Rig) -> asyncio.Event:
-    """Every step after the first waits for this event."""
-    go, loop, forward, steps = asyncio.Event(), asyncio.get_running_loop(), rig.model.forward, iter(range(10**6))
+    """No step after the first is done before this event."""
+    go, loop, launch, steps = asyncio.Event(), asyncio.get_running_loop(), rig.model.launch, iter(range(10**6))
 
-    def step(chunks: list[Chunk]) -> torch.Tensor:
-        if next(steps):
-            asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
-        return forward(chunks)
+    class Slowed(NamedTuple):
+        step: Launched
 
-    rig.model.forward = step  # type: ignore[method-assign, assignment]
+        def tokens(self) -> list[Token]:
+            if next(steps):
+                asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
+            return self.step.tokens()
+
+    rig.model.launch = lambda chunks: Slowed(launch(chunks))  # type: ignore[method-assign]
     return go
 
 
 # -- all orders of arrival -------------------------------------------------------------------------------------------
 
 
-async def test_the_consumer_comes_first(llama: Path) -> None:
-    async with staged(llama) as stage:
+@DEPTHS
+async def test_the_consumer_comes_first(llama: Path, depth: int) -> None:
+    async with staged(llama, depth=depth) as stage:
         consumer = asyncio.create_task(stage.attached())
         await until(lambda: stage.producer.open == 1)
         updates = await stage.produced()
@@ -143,8 +156,9 @@ async def test_the_consumer_comes_first(llama: Path) -> None:
         assert stage.leased == 0
 
 
-async def test_the_request_comes_first(llama: Path) -> None:
-    async with staged(llama) as stage:
+@DEPTHS
+async def test_the_request_comes_first(llama: Path, depth: int) -> None:
+    async with staged(llama, depth=depth) as stage:
         go = slowed(stage.rig)
         computing = asyncio.create_task(stage.produced())
         await until(lambda: stage.leased == 3)
@@ -166,9 +180,10 @@ async def test_serial_the_consumer_comes_when_prefill_is_done(llama: Path) -> No
         assert stage.confirm(3, release=True)
 
 
-async def test_blocks_are_published_while_prefill_runs(llama: Path) -> None:
+@DEPTHS
+async def test_blocks_are_published_while_prefill_runs(llama: Path, depth: int) -> None:
     """And what is published holds the prompt's KV."""
-    async with staged(llama) as stage:
+    async with staged(llama, depth=depth) as stage:
         go = slowed(stage.rig)
         computing = asyncio.create_task(stage.produced())
         async with aclosing(stage.attach()) as events:
@@ -230,7 +245,7 @@ async def test_a_silent_prefill_shows_that_it_lives(llama: Path) -> None:
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{"fingerprint": "0" * 32}, {"protocol": 2}])
+@pytest.mark.parametrize("fields", [{"fingerprint": "0" * 32}, {"protocol": PROTOCOL + 1}])
 async def test_another_layout_or_protocol_is_refused(llama: Path, fields: dict[str, Any]) -> None:
     async with staged(llama) as stage:
         with pytest.raises(Conflict, match="layouts differ"):
@@ -410,8 +425,9 @@ async def test_the_consumer_leaves_before_its_stream_ended(llama: Path) -> None:
         assert stage.leased == 0
 
 
-async def test_the_router_leaves_during_prefill(llama: Path) -> None:
-    async with staged(llama) as stage:
+@DEPTHS
+async def test_the_router_leaves_during_prefill(llama: Path, depth: int) -> None:
+    async with staged(llama, depth=depth) as stage:
         go = slowed(stage.rig)
         async with aclosing(stage.produce()) as updates:
             async for _, update in updates:
@@ -427,10 +443,10 @@ async def test_the_router_leaves_during_prefill(llama: Path) -> None:
 async def test_a_failed_prefill_is_told_to_both(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with staged(llama) as stage:
 
-        def fail(chunks: list[Chunk]) -> torch.Tensor:
+        def fail(chunks: Seq[Chunk]) -> Launched:
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(stage.rig.model, "forward", fail)
+        monkeypatch.setattr(stage.rig.model, "launch", fail)
         consumer = asyncio.create_task(stage.attached())
         await until(lambda: stage.producer.open == 1)
         with pytest.raises(EngineFailed) as failure:

@@ -1,17 +1,19 @@
-"""The engine: one thread that steps. Each step is planned, run, sampled and committed; the rest talks to it through
-a lock that is never held while the model runs.
+"""The engine: one thread that steps. Each step is planned, launched, waited for and committed. Where the device
+computes by itself, the next step is planned and launched before the present one is waited for. The rest talks to the
+thread through a lock that is never held while the model runs.
 """
 
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 from twostroke.engine.model import Model
-from twostroke.engine.sampling import Row, sample
+from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk, Scheduler, Sequence
-from twostroke.errors import EngineFailed, Overloaded, RequestError
+from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, RequestError
 from twostroke.kv.keys import root_key
 from twostroke.kv.pool import Lease, Pool
 from twostroke.messages import FinishReason, Output, Request, Slots, Token
@@ -179,40 +181,47 @@ class Engine:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        flying: deque[Launched] = deque()
         try:
             self.model.enter_thread()
-            while (chunks := self._plan()) is not None:
-                try:
-                    tokens = self._compute(chunks)
-                except Exception:
-                    log.exception("a step of %d sequences failed", len(chunks))
-                    self._fail()
-                else:
-                    self._commit(tokens)
+            while (chunks := self._plan(wait=not flying)) is not None:
+                if chunks:
+                    self._launch(chunks, flying)
+                if flying and (not chunks or len(flying) == self.model.depth):
+                    self._commit(flying.popleft().tokens())
+        except DeviceLost:
+            log.exception("the device is lost")
+            self._end(EngineFailed("the device of this worker is lost"))
         finally:
             if not self._stopping and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._died)
 
-    def _plan(self) -> list[Chunk] | None:
-        """Wait for something to compute; ``None`` when the engine stops."""
+    def _plan(self, *, wait: bool) -> list[Chunk] | None:
+        """The next step; ``None`` when the engine stops. While nothing can be computed: ``wait``, or an empty step."""
         with self._lock:
             while not self._stopping:
                 self._admit()
                 if chunks := self.scheduler.plan():
                     self._announce(chunks)
                     return chunks
+                if not wait:
+                    return []
                 self._check()
                 self._lock.wait()
             return None
 
-    def _compute(self, chunks: list[Chunk]) -> list[Token]:
-        logits = self.model.forward(chunks)
-        rows = []
-        for chunk in chunks:
-            if chunk.samples:
-                request, tokens = chunk.sequence.request, chunk.sequence.tokens
-                rows.append(Row(request.sampling, request.prompt, tokens[len(request.prompt) :], self.model.eos))
-        return sample(logits, rows)
+    def _launch(self, chunks: list[Chunk], flying: deque[Launched]) -> None:
+        try:
+            flying.append(self.model.launch(chunks))
+        except OutOfMemory as error:
+            largest = max(chunks, key=lambda chunk: chunk.size).sequence
+            log.warning("out of memory in a step of %d tokens; its largest request fails", sum(c.size for c in chunks))
+            self._fail(error, largest)
+        except DeviceLost:
+            raise
+        except Exception:
+            log.exception("a step of %d sequences failed", len(chunks))
+            self._fail(EngineFailed("the model failed on this request's step; the worker's log says how"))
 
     def _commit(self, tokens: list[Token]) -> None:
         with self._lock:
@@ -227,11 +236,22 @@ class Engine:
                     del self._jobs[sequence]
             self._deliver(updates)
 
-    def _fail(self) -> None:
+    def _fail(self, error: RequestError, blamed: Sequence | None = None) -> None:
+        """The newest step in flight is not computed: ``blamed``, or all of it, ends with this error."""
         with self._lock:
-            failed = [self._jobs.pop(sequence, None) for sequence in self.scheduler.fail()]
-            error = EngineFailed("the model failed on this request's step; the worker's log says how")
+            sequences = self.scheduler.fail(None if blamed is None else [blamed])
+            failed = [self._jobs.pop(sequence, None) for sequence in sequences]
             self._deliver([(job, error) for job in failed if job is not None])
+
+    def _end(self, error: RequestError) -> None:
+        """Nothing is computed any more: every job ends with this error."""
+        with self._lock:
+            while self.scheduler.flight:
+                self.scheduler.fail()
+            for sequence in self._jobs:
+                self.scheduler.abort(sequence)
+            self._deliver([(job, error) for job in self._jobs.values()])
+            self._jobs.clear()
 
     # -- under the lock ------------------------------------------------------------------------------------------
 

@@ -1,58 +1,71 @@
-"""A causal language model of transformers, run over the paged KV pool."""
+"""A causal language model of transformers, run over the paged KV pool on one device."""
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from importlib import import_module
 from pathlib import Path
 
-import numba
-import numpy as np
 import torch
-import xxhash
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
 
-from twostroke.engine import attention
-from twostroke.engine.attention import Batch, Prefill
+from twostroke.engine.fusion import fuse
+from twostroke.engine.runner import Launched, Limits, Runner
+from twostroke.engine.sampling import Row
 from twostroke.engine.scheduler import Chunk
-from twostroke.errors import ModelError, StartupError
+from twostroke.engine.weights import DUMMY, load_network, model_digest
+from twostroke.errors import StartupError
 from twostroke.kv.layout import Layout
 
 log = logging.getLogger(__name__)
-_SAMPLES = 64  # places of each weight file that its digest reads
-_SAMPLE_BYTES = 1 << 16
-
-
-def model_digest(directory: Path) -> str:
-    """Names the weights: a hash over the configuration, and over size, header and evenly spaced samples of each
-    weight file. Reading a few MiB of each file keeps the start fast; two fine-tunes differ nearly everywhere.
-    """
-    digest = xxhash.xxh3_128((directory / "config.json").read_bytes())
-    for path in sorted(directory.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for index in range(_SAMPLES):
-                file.seek(size * index // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return str(digest.hexdigest())
 
 
 class Model:
-    """The network. ``forward`` computes one step's chunks and returns logits where tokens are to be sampled."""
+    """The network, its layout, and the runner that computes its steps."""
 
-    def __init__(self, directory: Path, *, dtype: str, block_tokens: int, threads: int = 0) -> None:
-        """Load the weights. ``threads``: of the matrix products; 0 is what torch would take.
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: str,
+        block_tokens: int,
+        device: str = "cpu",
+        threads: int = 0,
+        load_format: str = "auto",
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            directory: of a Hugging Face model.
+            dtype: of weights and KV.
+            block_tokens: tokens in a block.
+            device: "cpu", "cuda" or "cuda:N".
+            threads: of the matrix products on a CPU; 0 is what torch would take.
+            load_format: see ``load_network``.
 
         Raises:
             ModelError: the directory does not hold a causal language model that can be run.
-            StartupError: the dtype or block size cannot be used.
+            MemoryTooSmall: the device cannot hold the weights.
+            StartupError: the device, dtype or block size cannot be used.
         """
-        if dtype not in ("float32", "bfloat16"):
-            raise StartupError(f"dtype {dtype!r} does not run on a CPU: use bfloat16 or float32")
-        self._network = _load(directory, getattr(torch, dtype))
-        config = self._network.config.get_text_config()
+        self.device = _device(device)
+        self.threads = threads or torch.get_num_threads()
+        on_gpu = self.device.type == "cuda"
+        try:  # one of them alone: Triton is only where a GPU is
+            kind = import_module("twostroke.engine.cuda" if on_gpu else "twostroke.engine.cpu")
+        except ImportError as error:
+            raise StartupError(f"--device {device}: {error}; install twostroke[{self.device.type}]") from error
+        if dtype not in kind.DTYPES:
+            raise StartupError(f"dtype {dtype!r} does not run on {self.device}: use {' or '.join(kind.DTYPES)}")
+        network = load_network(
+            directory,
+            dtype=getattr(torch, dtype),
+            device=self.device,
+            load_format=load_format,
+            attention=kind.ATTENTION,
+            experts=kind.EXPERTS.get(dtype),
+        )
+        config = network.config.get_text_config()
         heads = config.num_attention_heads
         self.layout = Layout(
             layers=config.num_hidden_layers,
@@ -60,145 +73,65 @@ class Model:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             block_tokens=block_tokens,
             dtype=dtype,
-            model=model_digest(directory),
+            # Made-up weights are the same only on devices of one kind.
+            model=model_digest(directory, load_format) + (f" {_kind(self.device)}" if load_format == DUMMY else ""),
         )
         self.vocab_size = int(config.vocab_size)
         self.max_position = int(config.max_position_embeddings)
-        self.eos = _end_tokens(self._network)
-        fused = fuse(self._network)
-        log.info("loaded %s, %d fused projections", directory.name, fused)
-        self.threads = threads or torch.get_num_threads()
-        self._kv = torch.empty(0)
+        self.eos = _end_tokens(network)
+        log.info("loaded %s on %s, %d fused projections", directory.name, self.device, fuse(network))
+        self.runner: Runner = kind.make_runner(network, self.layout, self.device, self.threads)
+        self.depth = self.runner.depth
 
-    def bind(self, slots: torch.Tensor) -> None:
-        """Use this pool: ``uint8 [num_slots, block_bytes]``."""
-        dtype = getattr(torch, self.layout.dtype)
-        self._kv = slots.view(dtype).view(-1, *self.layout.shape)
+    def bind(self, slots: torch.Tensor, limits: Limits, say: Callable[[str], None] = log.info) -> None:
+        """Use this pool, ``uint8 [num_slots, block_bytes]``, for steps within these limits, and be ready."""
+        self.runner.bind(slots, limits, say)
 
     def enter_thread(self) -> None:
-        """Call once in the thread that calls ``forward``: thread counts are a thread's own."""
-        torch.set_num_threads(self.threads)
-        numba.set_num_threads(min(self.threads, numba.config.NUMBA_NUM_THREADS))
+        """Call once in the thread that calls ``launch``."""
+        self.runner.enter_thread()
 
-    @torch.inference_mode()
+    def launch(self, chunks: Seq[Chunk]) -> Launched:
+        """Start computing one step.
+
+        Raises:
+            OutOfMemory: the device has not enough left; the step was not computed.
+            DeviceLost: the device computes nothing any more.
+        """
+        rows = [
+            Row(
+                sampling=sequence.request.sampling,
+                prompt=sequence.request.prompt,
+                output=sequence.tokens[len(sequence.request.prompt) :],
+                position=start + size - len(sequence.request.prompt),
+                eos=self.eos,
+            )
+            for sequence, start, size, samples in chunks
+            if samples
+        ]
+        return self.runner.launch(chunks, rows)
+
     def forward(self, chunks: Seq[Chunk]) -> torch.Tensor:
-        """Compute the chunks, single tokens first; logits ``[chunks that sample, vocabulary]``."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        for sequence, start, size in chunks:
-            tokens += sequence.tokens[start : start + size]
-            positions += range(start, start + size)
-        batch = self._batch(chunks, positions)
-        hidden = self._network.base_model(
-            input_ids=torch.tensor([tokens]),
-            position_ids=torch.tensor([positions]),
-            use_cache=False,
-            **{attention.NAME: batch},
-        ).last_hidden_state[0]
-        last = np.cumsum([chunk.size for chunk in chunks]) - 1
-        rows = [int(row) for row, chunk in zip(last, chunks, strict=True) if chunk.samples]
-        logits: torch.Tensor = self._network.get_output_embeddings()(hidden[rows])
-        return logits
-
-    def _batch(self, chunks: Seq[Chunk], positions: Seq[int]) -> Batch:
-        size = self.layout.block_tokens
-        position = torch.tensor(positions)
-        slots, prefills, row = [], [], 0
-        singles = [chunk for chunk in chunks if chunk.size == 1]
-        longest = max((chunk.start // size + 1 for chunk in singles), default=0)
-        tables = np.zeros((len(singles), longest), np.int32)
-        for index, (sequence, start, count) in enumerate(chunks):
-            table = sequence.slots()[: (start + count - 1) // size + 1]
-            slots += [table[at // size] for at in range(start, start + count)]
-            if count == 1:
-                tables[index, : len(table)] = table
-            else:
-                prefills.append(Prefill(row, start, count, torch.tensor(table)))
-            row += count
-        return Batch(
-            kv=self._kv,
-            slots=torch.tensor(slots),
-            offsets=position % size,
-            tables=tables,
-            lengths=np.array([chunk.start + 1 for chunk in singles], np.int32),
-            prefills=prefills,
-        )
+        """Compute the chunks and wait: logits ``[chunks that sample, vocabulary]``. For tests."""
+        return self.runner.forward(chunks)
 
 
-def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    disable_progress_bar()
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
-    if not getattr(network, "_supports_attention_backend", False):
-        raise ModelError(f"{type(network).__name__} does not call transformers' attention interface")
-    if getattr(network.config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in network.modules()):
-        raise ModelError(f"{type(network).__name__} needs attention soft-capping or sinks, which are not supported")
-    if any(getattr(module, "is_causal", True) is False for module in network.modules()):
-        raise ModelError(f"{directory} is not a causal language model: its tokens see those after them")
-    return network.eval().requires_grad_(False)
+def _device(name: str) -> torch.device:
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise StartupError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    device = torch.device(name)
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise StartupError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", device.index or 0)
+
+
+def _kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _end_tokens(network: PreTrainedModel) -> frozenset[int]:
     """Ids that end a generation, of the generation config first, as transformers has it."""
     eos = network.generation_config.eos_token_id if network.generation_config else network.config.eos_token_id
     return frozenset([eos] if isinstance(eos, int) else eos or [])
-
-
-class _Fused(nn.Module):
-    """Several linear maps of one input as one product. It returns the first map's result and keeps the others'."""
-
-    def __init__(self, parts: Seq[nn.Linear]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([part.weight.data for part in parts]), requires_grad=False)
-        biases = [part.bias.data for part in parts if part.bias is not None]
-        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-        self.sizes = [part.out_features for part in parts]
-        self.results: tuple[torch.Tensor, ...] = ()
-        self.input: torch.Tensor | None = None
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.input = input
-        first, *rest = torch.split(nn.functional.linear(input, self.weight, self.bias), self.sizes, dim=-1)
-        self.results = tuple(rest)
-        return first
-
-
-class _Part(nn.Module):
-    """Hands out what a ``_Fused`` has computed already, for the same input and no other."""
-
-    def __init__(self, fused: _Fused, index: int) -> None:
-        super().__init__()
-        self.source = (fused,)  # a tuple, so that it does not become a submodule twice
-        self.index = index
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        fused = self.source[0]
-        assert input is fused.input, "fused projections must be called in order, on one input"
-        return fused.results[self.index]
-
-
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def fuse(network: nn.Module) -> int:
-    """Let projections that read the same input be one matrix product each; returns how many there are.
-
-    transformers' model code stays as it is: it still calls each projection by its name.
-    """
-    count = 0
-    for module in list(network.modules()):
-        for names in _TOGETHER:
-            parts = [getattr(module, name, None) for name in names]
-            linears = [part for part in parts if type(part) is nn.Linear]
-            if len(linears) != len(names) or len({part.bias is None for part in linears}) != 1:
-                continue
-            fused = _Fused(linears)
-            setattr(module, names[0], fused)
-            for index, name in enumerate(names[1:]):
-                setattr(module, name, _Part(fused, index))
-            count += 1
-    return count

@@ -1,11 +1,12 @@
-"""From logits to tokens. The noise is a function of (seed, position) alone, so that a request which is resumed,
-preempted or handed over draws the same tokens.
+"""From logits to tokens, on the device that has them, without waiting for it. The noise is a function of
+(seed, position) alone, so that a request which is resumed, preempted or handed over draws the same tokens.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +19,41 @@ class Row:
 
     sampling: Sampling
     prompt: Seq[int]
-    output: Seq[int]  # tokens generated so far
+    output: Seq[int]  # tokens generated so far; may lack those in flight, unless ``sampling.needs_history``
+    position: int  # how many tokens come before it in the output
     eos: frozenset[int]
+
+
+class _Report(NamedTuple):
+    """The log-probabilities that one row reports."""
+
+    chosen: torch.Tensor  # float32 [1]
+    top: torch.Tensor  # float32 [alternatives], best first
+    ids: torch.Tensor  # int64 [alternatives]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each row."""
+
+    ids: torch.Tensor  # int64 [rows]
+    reports: dict[int, _Report]  # of rows that report log-probabilities
+
+    def to_host(self) -> "Drawn":
+        """The same in the host's memory; from a GPU, not before its stream has come that far."""
+        reports = {row: _Report(*(x.to("cpu", non_blocking=True) for x in one)) for row, one in self.reports.items()}
+        return Drawn(self.ids.to("cpu", non_blocking=True), reports)
+
+    def tokens(self) -> list[Token]:
+        """As messages; they must be in the host's memory."""
+        return [self._token(row, id_) for row, id_ in enumerate(self.ids.tolist())]
+
+    def _token(self, row: int, id_: int) -> Token:
+        report = self.reports.get(row)
+        if report is None:
+            return Token(id_)
+        top = [(int(i), float(value)) for i, value in zip(report.ids.tolist(), report.top.tolist(), strict=True)]
+        return Token(id_, logprob=float(report.chosen[0]), top=top)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -28,8 +62,16 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-@torch.inference_mode()  # as the model's: its logits may not be changed in place outside
 def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Token]:
+    """Pick one token for each row, and wait for it. See ``draw``."""
+    drawn = draw(logits, rows).to_host()
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
+    return drawn.tokens()
+
+
+@torch.inference_mode()  # as the model's: its logits may not be changed in place outside
+def draw(logits: torch.Tensor, rows: Seq[Row]) -> Drawn:
     """Pick one token for each row.
 
     Args:
@@ -37,50 +79,63 @@ def sample(logits: torch.Tensor, rows: Seq[Row]) -> list[Token]:
         rows: one for each row of ``logits``.
     """
     logits = logits.float()
-    reported = _reported(logits, rows)
+    reported = {i: logits[i].log_softmax(-1) for i, row in enumerate(rows) if row.sampling.logprobs is not None}
     for index, row in enumerate(rows):
         _adjust(logits[index], row)
     chosen = logits.argmax(-1)
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
-        chosen[drawn] = _draw(logits[drawn], [rows[index] for index in drawn])
-    ids: list[int] = chosen.tolist()
-    return [_token(id_, reported.get(index), rows[index].sampling.logprobs) for index, id_ in enumerate(ids)]
+        at = on_device(drawn, torch.int64, logits.device)
+        chosen[at] = _draw(logits[at], [rows[index] for index in drawn])
+    # As vLLM has it, what is reported is before any adjustment.
+    reports = {i: _report(logprobs, chosen[i], rows[i].sampling.logprobs or 0) for i, logprobs in reported.items()}
+    return Drawn(chosen, reports)
 
 
-def _reported(logits: torch.Tensor, rows: Seq[Row]) -> dict[int, torch.Tensor]:
-    """Log-probabilities ``[vocabulary]`` of the rows that report them, before any adjustment (as vLLM reports)."""
-    wanted = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
-    return {index: logits[index].log_softmax(-1) for index in wanted}
+def is_plain(rows: Seq[Row]) -> bool:
+    """Whether the most probable token is all that any row wants."""
+    return not any(
+        _is_adjusted(row) or row.sampling.temperature > 0 or row.sampling.logprobs is not None for row in rows
+    )
 
 
-def _token(id_: int, logprobs: torch.Tensor | None, count: int | None) -> Token:
-    if logprobs is None or count is None:
-        return Token(id_)
-    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0])
-    top = [(int(alternative), float(value)) for alternative, value in zip(ids.tolist(), values.tolist(), strict=True)]
-    return Token(id_, logprob=float(logprobs[id_]), top=top)
+def on_device(values: Seq[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of ``values``; to a GPU it is copied without waiting for it."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+
+
+def _report(logprobs: torch.Tensor, chosen: torch.Tensor, count: int) -> _Report:
+    top, ids = logprobs.topk(count)
+    return _Report(logprobs.gather(0, chosen[None]), top, ids)
+
+
+def _is_adjusted(row: Row) -> bool:
+    sampling = row.sampling
+    return bool(sampling.logit_bias) or row.position < sampling.min_tokens or sampling.needs_history
 
 
 def _adjust(logits: torch.Tensor, row: Row) -> None:
     """Biases and penalties on one row ``[vocabulary]``, in place."""
-    sampling = row.sampling
+    if not _is_adjusted(row):
+        return
+    sampling, device = row.sampling, logits.device
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
-    if len(row.output) < sampling.min_tokens:
+        ids = on_device(list(sampling.logit_bias), torch.int64, device)
+        logits[ids] += on_device(list(sampling.logit_bias.values()), torch.float32, device)
+    if row.position < sampling.min_tokens:
         ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else row.eos)
-        logits[list(ends)] = -torch.inf
+        logits.index_fill_(0, on_device(list(ends), torch.int64, device), -torch.inf)
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*row.prompt, *row.output}), device=logits.device)
+        seen = on_device(list({*row.prompt, *row.output}), torch.int64, device)
         values = logits[seen]
         logits[seen] = torch.where(
             values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
         )
     if (sampling.presence_penalty or sampling.frequency_penalty) and row.output:
         counts = Counter(row.output)
-        ids = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), device=logits.device)
+        ids = on_device(list(counts), torch.int64, device)
+        times = on_device(list(counts.values()), torch.float32, device)
         logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times
 
 
@@ -90,15 +145,15 @@ def _draw(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     Only rows that cut the tail (top-k, top-p, min-p) are sorted.
     """
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
-
     settings = [row.sampling for row in rows]
-    probs = (logits / column([max(s.temperature, 1e-5) for s in settings])).softmax(-1)
+    temperature = on_device([max(s.temperature, 1e-5) for s in settings], torch.float32, logits.device)
+    probs = (logits / temperature[:, None]).softmax(-1)
     cut = [i for i, s in enumerate(settings) if s.top_k or s.top_p < 1 or s.min_p]
     if cut:
-        probs[cut] = _cut_tail(probs[cut], [settings[i] for i in cut])
-    noise = column([uniform(row.sampling.seed, len(row.output)) for row in rows])
+        at = on_device(cut, torch.int64, logits.device)
+        probs[at] = _cut_tail(probs[at], [settings[i] for i in cut])
+    draws = [uniform(row.sampling.seed, row.position) for row in rows]
+    noise = on_device(draws, torch.float32, logits.device)[:, None]
     cumulative = probs.double().cumsum(-1)
     index = torch.searchsorted(cumulative, noise.double() * cumulative[:, -1:], right=True)[:, 0]
     # Rounding can point past the last possible token; the most probable one then takes its place.

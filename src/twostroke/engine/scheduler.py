@@ -9,9 +9,13 @@ A sequence waits, then holds slots for all its tokens and runs, until it is fini
 
 A step computes, for each running sequence, some of the tokens whose KV is not there yet. Prefill, a chunk of prefill,
 decode, and recomputing after a preemption are all that one thing.
+
+A step can be planned while earlier ones are in flight: planned, but not committed. A sequence's next token is then
+computed before its id is known to us, since the device knows it. If it turns out to end the sequence, that was in vain.
 """
 
 import bisect
+from collections import deque
 from collections.abc import Collection
 from enum import Enum
 from typing import NamedTuple
@@ -34,11 +38,12 @@ class Sequence:
     """One request as the engine sees it: its tokens so far, the slots that hold their KV, how many are computed.
 
     Tokens ``0 .. computed - 1`` have their KV in ``lease.slots``. Blocks below ``computed`` are never written again.
+    Steps in flight compute tokens ``computed .. scheduled - 1``.
     """
 
     __slots__ = (
         "cached", "computed", "exports", "finish", "keys", "lease", "loads", "order", "published", "request", "root",
-        "state", "tokens",
+        "scheduled", "state", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, root: BlockKey, *, loads: bool = False, exports: Lease | None = None) -> None:
@@ -50,6 +55,7 @@ class Sequence:
         self.keys: list[BlockKey] = []  # of full blocks of ``tokens``, as far as they were needed
         self.lease: Lease | None = None
         self.computed = 0  # tokens
+        self.scheduled = 0  # tokens that are computed, or will be by the steps in flight
         self.cached = 0  # prompt tokens that were already there when it was first admitted
         self.published = 0  # full blocks that can be found by key
         self.order = 0  # arrival
@@ -60,6 +66,36 @@ class Sequence:
     def outputs(self) -> int:
         """How many tokens were generated."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def flying(self) -> bool:
+        """Whether a step in flight computes it: its slots are being written."""
+        return self.scheduled > self.computed
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has once the steps in flight are committed, if none of them ends it; while it is RUNNING.
+
+        Who runs lacks at least one token's KV: if all known ones are scheduled, another one is being sampled.
+        """
+        return max(len(self.tokens), self.scheduled + 1)
+
+    @property
+    def unknown(self) -> int:
+        """How many of these are not in ``tokens`` yet: the steps in flight sample them."""
+        return self.length - len(self.tokens)
+
+    @property
+    def ready(self) -> bool:
+        """Whether one more step can compute it. Its last token may still be unknown then, but not if sampling looks at
+        it, nor if it is the last by length.
+        """
+        if self.state is not State.RUNNING or self.finish is not None:
+            return False
+        unknown, sampling = self.unknown, self.request.sampling
+        if unknown == 0:
+            return True
+        return unknown == 1 and not sampling.needs_history and self.outputs + 1 < sampling.max_tokens
 
     def slots(self) -> list[int]:
         """Slots of its blocks, in order."""
@@ -72,16 +108,15 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """Compute tokens ``start .. start + size - 1`` of a sequence."""
+    """Compute tokens ``start .. start + size - 1`` of a sequence.
+
+    If ``start == len(sequence.tokens)`` when it is planned, its one token is what the step in flight before it samples.
+    """
 
     sequence: Sequence
     start: int
     size: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether it reaches the sequence's last token, so that its logits give the next one."""
-        return self.start + self.size == len(self.sequence.tokens)
+    samples: bool  # it reaches the sequence's last token, so that its logits give the next one
 
 
 class Result(NamedTuple):
@@ -105,7 +140,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by (priority, order)
         self.running: list[Sequence] = []  # LOADING or RUNNING, in order of admission
         self._arrivals = 0
-        self._planned: list[Chunk] = []  # what the engine computes right now
+        self.flight: deque[list[Chunk]] = deque()  # steps that are planned but not committed, oldest first
 
     # -- what others ask for -------------------------------------------------------------------------------------
 
@@ -128,7 +163,7 @@ class Scheduler:
     def loaded(self, sequence: Sequence, tokens: int) -> None:
         """The KV of the first ``tokens`` tokens of a LOADING sequence is in its slots, verified."""
         assert sequence.state is State.LOADING, f"{sequence.state} sequence cannot load"
-        sequence.computed = max(sequence.computed, tokens)
+        sequence.computed = sequence.scheduled = max(sequence.computed, tokens)
         self._publish(sequence)
 
     def resume(self, sequence: Sequence, first: Token | None = None) -> None:
@@ -143,8 +178,7 @@ class Scheduler:
         sequence.state = State.RUNNING
         if first is not None:
             self._append(sequence, first.id)
-            if sequence.finish is not None:
-                self._retire(sequence)
+            self._settle(sequence)
         elif sequence.computed == len(sequence.tokens):
             self._preempt(sequence)
 
@@ -157,65 +191,67 @@ class Scheduler:
         return "length" if outputs >= sampling.max_tokens else None
 
     def abort(self, sequence: Sequence) -> None:
-        """End a sequence. If the present step computes it, its slots stay held until that step is committed."""
-        if sequence.state is State.FINISHED:
-            return
-        sequence.finish = "abort"
-        if not any(chunk.sequence is sequence for chunk in self._planned):
-            self._retire(sequence)
+        """End a sequence. While steps in flight compute it, its slots stay held."""
+        if sequence.finish is None:
+            sequence.finish = "abort"
+            self._settle(sequence)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
     def plan(self) -> list[Chunk]:
         """Choose the next step's tokens: one of each decoding sequence, then prefill chunks, within the budget.
 
-        Chunks of a single token come first: attention treats them alike.
+        Chunks of a single token come first: attention treats them alike. The step is in flight from now on, unless it
+        is empty: then nothing can be computed before something else happens, if only the commit of an earlier step.
         """
         budget = self.token_budget
         chunks: list[Chunk] = []
-        runnable = [sequence for sequence in self.running if sequence.state is State.RUNNING]
-        decoding = [sequence for sequence in runnable if len(sequence.tokens) - sequence.computed == 1]
-        prefilling = [sequence for sequence in runnable if len(sequence.tokens) - sequence.computed > 1]
-        for sequence in decoding:
-            if budget and sequence.state is State.RUNNING and self._make_room(sequence):
-                chunks.append(Chunk(sequence, sequence.computed, 1))
-                budget -= 1
-        for sequence in prefilling:
-            # Room is there since admission, but for a first token that came with an incomplete hand-over.
-            if budget and sequence.state is State.RUNNING and self._make_room(sequence):
-                size = min(budget, len(sequence.tokens) - sequence.computed)
-                chunks.append(Chunk(sequence, sequence.computed, size))
+        taken: set[Sequence] = set()  # to make room for others, also after they were planned here
+        ready = [sequence for sequence in self.running if sequence.ready]
+        for sequence in sorted(ready, key=lambda sequence: sequence.length - sequence.scheduled > 1):
+            # A prefill has had room since its admission, but for a first token that came with an incomplete hand-over.
+            if budget and sequence not in taken and self._make_room(sequence, taken):
+                missing = sequence.length - sequence.scheduled
+                size = min(budget, missing)
+                chunks.append(Chunk(sequence, sequence.scheduled, size, samples=size == missing))
                 budget -= size
-        # Making room for one sequence can have preempted another that was planned before it.
-        chunks = [chunk for chunk in chunks if chunk.sequence.state is State.RUNNING]
-        self._planned = sorted(chunks, key=lambda chunk: chunk.size > 1)
-        return self._planned
+        step = sorted((chunk for chunk in chunks if chunk.sequence not in taken), key=lambda chunk: chunk.size > 1)
+        for chunk in step:
+            chunk.sequence.scheduled += chunk.size
+        if step:
+            self.flight.append(step)
+        return step
 
     def commit(self, tokens: list[Token]) -> list[Result]:
-        """The planned step is computed and gave one token for each chunk that samples, in order."""
+        """The oldest step in flight is computed and gave one token for each chunk that samples, in order.
+
+        A sequence that has ended since the step was planned has no result.
+        """
         sampled = iter(tokens)
         results = []
-        planned, self._planned = self._planned, []
-        for chunk in planned:
-            sequence = chunk.sequence
-            token = next(sampled) if chunk.samples else None
-            sequence.computed += chunk.size
+        for sequence, _, size, samples in self.flight.popleft():
+            token = next(sampled) if samples else None
+            sequence.computed += size
             self._publish(sequence)
-            if sequence.finish is None:  # else it was aborted during the step
+            if sequence.finish is None:
                 if token is not None:
                     self._append(sequence, token.id)
                 results.append(Result(sequence, token))
-            if sequence.finish is not None:
-                self._retire(sequence)
+            self._settle(sequence)
         return results
 
-    def fail(self) -> list[Sequence]:
-        """The planned step could not be computed: its sequences are finished. Returns them."""
-        planned, self._planned = self._planned, []
-        for chunk in planned:
-            chunk.sequence.finish = "abort"
-            self._retire(chunk.sequence)
-        return [chunk.sequence for chunk in planned]
+    def fail(self, blamed: Collection[Sequence] | None = None) -> list[Sequence]:
+        """The newest step in flight could not be computed: it is taken back, and the sequences of it that are blamed
+        (``None``: all) are finished. Returns those; the others are planned again.
+        """
+        failed = []
+        for sequence, start, _, _ in self.flight.pop():
+            sequence.scheduled = start
+            if sequence.finish is None and (blamed is None or sequence in blamed):
+                sequence.finish = "abort"
+                failed.append(sequence)
+            self._settle(sequence)
+        return failed
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -236,23 +272,27 @@ class Scheduler:
             return False
         sequence.lease = lease
         sequence.published = hits
-        sequence.computed = hits * self.block_tokens
+        sequence.computed = sequence.scheduled = hits * self.block_tokens
         if not sequence.outputs:
             sequence.cached = sequence.computed
         self._publish(sequence)
         return True
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """A slot for the last token of ``sequence``, preempting later arrivals, at worst itself.
+    def _make_room(self, sequence: Sequence, taken: set[Sequence]) -> bool:
+        """A slot for the last token of ``sequence``, preempting later arrivals, at worst itself; they are ``taken``.
 
+        Who is in flight cannot be preempted yet. It is not planned any further, so that it can be at the next step.
         Who exports is spared: its exported blocks would stay held, so that it could stand in the way of everybody, and
         it has all its slots and ends with its prefill.
         """
         assert sequence.lease is not None, "a running sequence holds slots"
-        needed = -(-len(sequence.tokens) // self.block_tokens) - len(sequence.lease.slots)
+        needed = -(-sequence.length // self.block_tokens) - len(sequence.lease.slots)
         while not sequence.lease.grow(needed):
             victims = [o for o in self.running if o.state is State.RUNNING and (o.exports is None or o is sequence)]
             victim = max(victims, key=lambda other: (other.request.priority, other.order))
+            taken.add(victim)
+            if victim.flying:
+                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -269,7 +309,8 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the blocks that became full and computed findable by key, and hold them for a hand-over."""
-        full = sequence.computed // self.block_tokens
+        # A sequence that has ended never gets to know what else was sampled and computed for it.
+        full = min(sequence.computed, len(sequence.tokens)) // self.block_tokens
         prompt = len(sequence.request.prompt)
         if full > len(sequence.keys):
             sequence.extend_keys(self.block_tokens)
@@ -287,9 +328,12 @@ class Scheduler:
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None
-        sequence.computed = sequence.published = 0
+        sequence.computed = sequence.scheduled = sequence.published = 0
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _settle(self, sequence: Sequence) -> None:
+        """Retire a sequence that has ended, unless its slots are still being written."""
+        if sequence.finish is None or sequence.flying:
+            return
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
         else:

@@ -8,13 +8,14 @@ import errno
 import mmap
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 
 from twostroke.errors import HandoverFailed, MemoryTooSmall
-from twostroke.messages import PoolAddress
+from twostroke.messages import MemoryFile, PoolAddress
 
 HEADER = mmap.PAGESIZE  # one page, so that slots start aligned
 _MAGIC = b"twostroke-pool-1:"
@@ -26,6 +27,26 @@ Bytes = npt.NDArray[np.uint8]
 def host_id() -> str:
     """Names this machine's running kernel: memory files can only be shared among processes that agree on it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def started(pid: int) -> bytes | None:
+    """When a process started, in clock ticks since boot, since a pid alone can be reused. None if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(b")")[2].split()  # the command's name, in brackets, may hold anything
+    return None if state in b"ZX" else fields[18]
+
+
+class SlotMemory(Protocol):
+    """A pool's memory, wherever it is."""
+
+    address: PoolAddress  # where same-host peers read it
+
+    def close(self) -> None:
+        """Give the memory back. Nobody may use its slots any more."""
+        ...
 
 
 class PoolMemory:
@@ -54,10 +75,10 @@ class PoolMemory:
         self.address = PoolAddress(
             host=host_id(),
             pid=os.getpid(),
-            fd=self._fd,
             instance=instance,
             num_slots=num_slots,
             block_bytes=block_bytes,
+            memory=MemoryFile(self._fd),
         )
 
     def close(self) -> None:
@@ -74,26 +95,22 @@ def _populate(memory: mmap.mmap, advice: int) -> None:
             raise
 
 
-def has_pool(address: PoolAddress) -> bool:
-    """Whether a process still keeps a file where the address says."""
-    return os.path.lexists(f"/proc/{address.pid}/fd/{address.fd}")
-
-
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # whatever the peer names: a pipe must not make us wait
 
 
 def map_peer(address: PoolAddress) -> Bytes:
-    """A peer's slots, read-only, ``uint8 [num_slots, block_bytes]``. Unmapped when the array is dropped.
+    """The slots of a peer on this machine, read-only, ``uint8 [num_slots, block_bytes]``. Unmapped when dropped.
 
     Raises:
-        HandoverFailed: the peer is gone, on another machine, or not who the address says.
+        HandoverFailed: the peer is gone, not who the address says, or its pool is no memory file.
     """
-    if address.host != host_id():
-        raise HandoverFailed("the peer's pool is on another machine: shared memory cannot reach it")
+    memory = address.memory
+    if not isinstance(memory, MemoryFile):
+        raise HandoverFailed(f"the peer's pool is {memory.kind}, ours {MemoryFile.kind}: they exchange no blocks")
     size = HEADER + address.num_slots * address.block_bytes
     try:
-        with open(f"/proc/{address.pid}/fd/{address.fd}", "rb", opener=_open_at_once) as file:
+        with open(f"/proc/{address.pid}/fd/{memory.fd}", "rb", opener=_open_at_once) as file:
             view = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
             _populate(view, _POPULATE_READ)
     except (OSError, ValueError) as error:

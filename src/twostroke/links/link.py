@@ -30,14 +30,14 @@ class Link(Protocol):
         ...
 
 
-def check_read(own: Bytes, peer: PoolAddress, remote: Sequence[Slot]) -> None:
+def check_read(block_bytes: int, peer: PoolAddress, remote: Sequence[Slot]) -> None:
     """Refuse what the peer's own address rules out.
 
     Raises:
-        HandoverFailed: its slots have another size than ours (``own``), or ``remote`` is not within its pool.
+        HandoverFailed: its slots have another size than ours (``block_bytes``), or ``remote`` is not within its pool.
     """
-    if peer.block_bytes != own.shape[1]:
-        raise HandoverFailed(f"the peer's slots have {peer.block_bytes} bytes, ours {own.shape[1]}")
+    if peer.block_bytes != block_bytes:
+        raise HandoverFailed(f"the peer's slots have {peer.block_bytes} bytes, ours {block_bytes}")
     for slot in remote:
         if not 0 <= slot < peer.num_slots:
             raise HandoverFailed(f"slot {slot} is outside the peer's pool of {peer.num_slots}")
@@ -54,7 +54,7 @@ class MemoryLink:
 
     async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
         """See ``Link.read``."""
-        check_read(self._own, peer, remote)
+        check_read(self._own.shape[1], peer, remote)
         slots = self._peers.get(peer.instance)
         if slots is None or slots.shape != (peer.num_slots, peer.block_bytes):
             raise HandoverFailed(f"no peer {peer.instance} with such a pool")

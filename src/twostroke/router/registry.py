@@ -48,6 +48,7 @@ class WorkerReport(Struct, frozen=True):
     in_flight: int  # requests of this router
     model: str
     threads: int
+    device: str
 
 
 class Worker:
@@ -119,6 +120,7 @@ class Worker:
             in_flight=self.in_flight,
             model=info.model if info else "",
             threads=info.threads if info else 0,
+            device=info.device if info else "",
         )
 
 

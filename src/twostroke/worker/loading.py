@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from twostroke import models
-from twostroke.config import EngineConfig, WorkerConfig
+from twostroke.config import CPU_KV_MEMORY, TOKEN_BUDGET, EngineConfig, WorkerConfig
 from twostroke.engine.engine import Engine
 from twostroke.engine.model import Model
+from twostroke.engine.runner import Limits
 from twostroke.errors import MemoryTooSmall, StartupError
-from twostroke.kv.memory import PoolMemory
+from twostroke.kv.memory import PoolMemory, SlotMemory
 from twostroke.kv.pool import Pool
 from twostroke.links.link import Link
 from twostroke.links.shm import SharedMemoryLink
@@ -30,7 +31,7 @@ class Loaded:
     card: ModelCard
     tokenizer: Tokenizer
     engine: Engine
-    memory: PoolMemory
+    memory: SlotMemory
     link: Link
 
 
@@ -40,21 +41,31 @@ def load(config: WorkerConfig, instance: str, say: Callable[[str], None]) -> Loa
     Raises:
         StartupError: the model, the memory or the settings do not allow it.
     """
-    directory: Path = models.resolve(config.model, say)
-    say(f"loading {directory.name}")
     settings = config.engine
-    model = Model(directory, dtype=settings.dtype, block_tokens=settings.block_tokens, threads=settings.threads)
-    tokenizer = Tokenizer.load(directory)
-    num_slots = settings.kv_memory // model.layout.block_bytes
+    directory: Path = models.resolve(config.model, say, settings.load_format)
+    say(f"loading {directory.name}")
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = Model(
+        directory,
+        dtype=settings.dtype,
+        block_tokens=settings.block_tokens,
+        device=device,
+        threads=settings.threads,
+        load_format=settings.load_format,
+    )
+    tokenizer = Tokenizer.load(directory) if models.has_tokenizer(directory) else Tokenizer.of_bytes()
+    token_budget = settings.token_budget or TOKEN_BUDGET[model.device.type]
+    limits = Limits(settings.max_batch, token_budget, settings.max_model_len or model.max_position)
+    num_slots = _pool_bytes(settings, model, limits, say) // model.layout.block_bytes
     if num_slots < 1:
         raise MemoryTooSmall(
-            f"a KV pool of {settings.kv_memory:,} bytes does not hold one block of {model.layout.block_bytes:,} bytes: "
-            "raise --kv-memory or lower --block-size"
+            f"the KV pool does not hold one block of {model.layout.block_bytes:,} bytes: raise --kv-memory or "
+            "--gpu-memory-utilization, or lower --block-size"
         )
     context = _context(settings, model, num_slots)
     say(f"making a pool of {num_slots} slots, {num_slots * model.layout.block_bytes / 2**20:.0f} MiB")
-    memory = PoolMemory(num_slots, model.layout.block_bytes, instance)
-    model.bind(torch.from_numpy(memory.slots))
+    memory, slots, link = _make_pool(model, num_slots, instance)
+    model.bind(slots, limits, say)
     card = ModelCard(
         name=config.served_name or models.default_name(config.model),
         vocab_size=model.vocab_size,
@@ -62,8 +73,36 @@ def load(config: WorkerConfig, instance: str, say: Callable[[str], None]) -> Loa
         eos_token_ids=model.eos,
         created=int(time.time()),
     )
-    engine = Engine(model, Pool(num_slots), max_batch=settings.max_batch, token_budget=settings.token_budget)
-    return Loaded(card, tokenizer, engine, memory, SharedMemoryLink(memory.slots))
+    engine = Engine(model, Pool(num_slots), max_batch=settings.max_batch, token_budget=token_budget)
+    return Loaded(card, tokenizer, engine, memory, link)
+
+
+def _pool_bytes(settings: EngineConfig, model: Model, limits: Limits, say: Callable[[str], None]) -> int:
+    """How large the pool is to be; on a GPU, what weights and the largest step leave of our share."""
+    if settings.kv_memory is not None:
+        return settings.kv_memory
+    if model.device.type == "cpu":
+        return CPU_KV_MEMORY
+    say("compiling, and measuring the largest step")
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    share, needed = int(total * settings.gpu_memory_utilization), model.runner.measure(limits)
+    if needed + model.layout.block_bytes > share:
+        raise MemoryTooSmall(
+            f"weights and the largest step need {needed / 2**30:.1f} GiB, and --gpu-memory-utilization "
+            f"{settings.gpu_memory_utilization} gives {share / 2**30:.1f} GiB: raise it, or lower --chunk-size"
+        )
+    return share - needed
+
+
+def _make_pool(model: Model, num_slots: int, instance: str) -> tuple[SlotMemory, torch.Tensor, Link]:
+    if model.device.type == "cpu":
+        shared = PoolMemory(num_slots, model.layout.block_bytes, instance)
+        return shared, torch.from_numpy(shared.slots), SharedMemoryLink(shared.slots)
+    from twostroke.kv.cuda_memory import CudaPool  # these need what only a GPU's machine has
+    from twostroke.links.cuda_ipc import CudaIpcLink
+
+    pool = CudaPool(num_slots, model.layout.block_bytes, instance, model.device)
+    return pool, pool.slots, CudaIpcLink(pool.slots)
 
 
 def _context(settings: EngineConfig, model: Model, num_slots: int) -> int:

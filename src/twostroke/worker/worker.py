@@ -174,6 +174,7 @@ class Worker:
             running=load.running if load else 0,
             waiting=load.waiting if load else 0,
             queued_tokens=load.queued_tokens if load else 0,
+            device=str(loaded.engine.model.device) if loaded else self._config.engine.device,
             threads=loaded.engine.model.threads if loaded else self._config.engine.threads,
         )
 

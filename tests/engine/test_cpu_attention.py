@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from twostroke.engine.attention import Batch, Prefill, attention
+from twostroke.engine.cpu_attention import Batch, Prefill, attention
 
 LAYERS, LAYER = 3, 1
 Chunk = tuple[int, int]  # tokens of context before, tokens of the step

@@ -1,6 +1,6 @@
 """Paged attention on the CPU: reads K and V of a block-major pool through block tables.
 
-Registered with transformers under the name ``twostroke``, so that its model code calls it in every layer. Prefill is
+Registered with transformers under ``NAME``, so that its model code calls it in every layer. Prefill is
 torch's SDPA; decode is a small kernel of our own that reads the blocks where they lie, since SDPA would need them
 copied together first.
 """
@@ -14,9 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from twostroke.engine.paged_decode import paged_decode
+from twostroke.engine.cpu_decode import paged_decode
 
-NAME = "twostroke"
+NAME = "twostroke-cpu"
 _TILE = 192  # rows of a chunk that attend together: SDPA skips nothing that its mask hides, so the tiles must
 
 

@@ -1,0 +1,196 @@
+"""One step as arrays of the host, in the form in which a CUDA device takes them."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from twostroke.engine.scheduler import Chunk, Sequence
+
+Ints = npt.NDArray[np.int32]
+_LEAST = 128  # tokens that plans are built for
+_ALONE = 2048  # tokens from which on a chunk is attended to by itself, however many others there are
+
+
+class Long(NamedTuple):
+    """A chunk that is attended to by itself: rows ``first .. first + tokens - 1`` are its tokens ``start ..``."""
+
+    first: int
+    tokens: int
+    start: int
+    table: Ints  # [blocks]: slots of tokens 0 .. start + count - 1
+
+
+class Short(NamedTuple):
+    """Chunks that are attended to together; filled up with empty ones."""
+
+    most: int  # tokens of the longest, or more
+    reach: int  # row up to which ``most`` tokens reach, from wherever a sequence may start
+    rows: Ints  # [sequences]: tokens
+    keys: Ints  # [sequences]: tokens of context, its own included
+    starts: Ints  # [sequences + 1]: first rows
+    table: Ints  # [sequences, pages]: slots
+
+
+class Room(NamedTuple):
+    """The largest step of prompts that a captured graph takes."""
+
+    rows: int  # tokens
+    sequences: int
+    pages: int  # of one sequence
+
+    def holds(self, chunks: Seq[Chunk], block: int) -> bool:
+        """Whether these chunks, none of a single token, fit."""
+        pages = -(-max(chunk.start + chunk.size for chunk in chunks) // block)
+        return sum(c.size for c in chunks) <= self.rows and len(chunks) <= self.sequences and pages <= self.pages
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step computes. Rows of single tokens come first."""
+
+    ids: Ints  # [rows]: token ids; -1 - i is what the step before sampled as its i-th
+    positions: Ints  # [rows]
+    places: Ints  # [rows]: slot * block_tokens + offset, where its K and V go; -1: nowhere
+    lengths: Ints  # [singles]: tokens of context, the row's own included
+    tables: Ints  # [singles, width]: slots
+    ends: Ints  # rows that are sampled from
+    longs: Seq[Long] = field(default=())
+    shorts: Seq[Short] = field(default=())
+
+    def arrays(self) -> list[Ints]:
+        """All arrays. What comes after ``tables`` can only be found by who knows their size."""
+        of_longs = [a for one in self.longs for a in (one.table, _ints(one.tokens), _ints(one.start + one.tokens))]
+        of_shorts = [a for one in self.shorts for a in (one.rows, one.keys, one.starts, one.table)]
+        width = _ints(self.tables.shape[1])
+        return [
+            self.ids,
+            self.positions,
+            self.places,
+            self.lengths,
+            width,
+            self.tables,
+            self.ends,
+            *of_longs,
+            *of_shorts,
+        ]
+
+
+def step_of(
+    chunks: Seq[Chunk], block: int, sampled: Mapping[Sequence, int], *, rows: int = 0, together: bool = True
+) -> Step:
+    """The arrays of these chunks, single tokens first.
+
+    Args:
+        chunks: at least one.
+        block: tokens in a block.
+        sampled: which token of the step before is each sequence's, where it is not known yet.
+        rows: fill up with copies of the first row, which must be a single token, to this many. They are stored nowhere.
+        together: whether short chunks may be attended to together.
+    """
+    ids: list[int] = []
+    ranges, places, longs = [], [], []
+    tables: list[list[int]] = []
+    for sequence, start, size, _ in chunks:
+        end = start + size
+        known = sequence.tokens[start:end]
+        table = sequence.slots()[: -(-end // block)]
+        if size == 1:
+            ids += known or [-1 - sampled[sequence]]
+            tables.append(table)
+            places.append(np.array([table[-1] * block + start % block], np.int32))
+            ranges.append(np.array([start], np.int32))
+        else:
+            slots = np.array(table, np.int32)
+            at = np.arange(start, end, dtype=np.int32)
+            longs.append(Long(len(ids), size, start, slots))
+            ids += known
+            ranges.append(at)
+            places.append(slots[at // block] * block + at % block)
+    ends = np.cumsum([chunk.size for chunk in chunks], dtype=np.int32) - 1
+    spare = max(0, rows - len(ids))
+    decoding = len(tables) + spare
+    width = max(map(len, tables), default=0)
+    slots = np.zeros((decoding, width), np.int32)
+    for row, table in enumerate(tables):
+        slots[row, : len(table)] = table
+    slots[len(tables) :] = slots[:1]
+    positions = np.concatenate([*ranges, *[ranges[0]] * spare])
+    alone, shorts = _bundle(longs, block) if together else (longs, [])
+    return Step(
+        ids=np.array(ids + ids[:1] * spare, np.int32),
+        positions=positions,
+        places=np.concatenate([*places, np.full(spare, -1, np.int32)]),
+        lengths=positions[:decoding] + 1,
+        tables=slots,
+        ends=ends[[chunk.samples for chunk in chunks]],
+        longs=alone,
+        shorts=shorts,
+    )
+
+
+def prompts_of(chunks: Seq[Chunk], block: int, room: Room) -> Step:
+    """The arrays of these chunks, none of a single token, filled up to ``room``, so that their sizes depend on nothing
+    else.
+    """
+    step = step_of(chunks, block, {}, together=False)
+    spare = room.rows - len(step.ids)
+    return Step(
+        ids=np.pad(step.ids, (0, spare)),
+        positions=np.pad(step.positions, (0, spare)),
+        places=np.pad(step.places, (0, spare), constant_values=-1),
+        lengths=step.lengths,
+        tables=step.tables,
+        ends=np.pad(step.ends, (0, room.sequences - len(step.ends))),
+        shorts=[_together(step.longs, room, room.rows if room.sequences == 1 else 2 * room.rows)],
+    )
+
+
+def _bundle(chunks: list[Long], block: int) -> tuple[list[Long], list[Short]]:
+    """Those that stay alone, and bundles of the others, so that few kinds of plans are needed."""
+
+    def size(chunk: Long) -> int:
+        return max(_LEAST, _power(chunk.tokens))
+
+    alone = [chunk for chunk in chunks if chunk.tokens >= _ALONE]
+    shorts = []
+    for _, group in groupby(sorted((chunk for chunk in chunks if chunk.tokens < _ALONE), key=size), size):
+        together = list(group)
+        if len(together) == 1 and together[0].start == 0:
+            alone += together
+        else:
+            shorts.append(_short(together))
+    return sorted(alone), shorts
+
+
+def _short(chunks: list[Long]) -> Short:
+    """Of chunks of like size. Plans are built for powers of two."""
+    chunks = sorted(chunks, key=lambda chunk: chunk.first)
+    pages = _power(max(len(chunk.table) for chunk in chunks))
+    most = max(_LEAST, _power(max(chunk.tokens for chunk in chunks)))
+    reach = chunks[-1].first + chunks[-1].tokens + most
+    return _together(chunks, Room(most, _power(len(chunks)), pages), reach)
+
+
+def _together(chunks: Seq[Long], room: Room, reach: int) -> Short:
+    most, sequences, pages = room
+    rows, keys = np.zeros(sequences, np.int32), np.ones(sequences, np.int32)
+    starts = np.zeros(sequences + 1, np.int32)
+    table = np.zeros((sequences, pages), np.int32)
+    for index, chunk in enumerate(chunks):
+        rows[index], keys[index], starts[index] = chunk.tokens, chunk.start + chunk.tokens, chunk.first
+        table[index, : len(chunk.table)] = chunk.table
+    starts[len(chunks) :] = chunks[-1].first + chunks[-1].tokens
+    return Short(most, reach, rows, keys, starts, table)
+
+
+def _ints(value: int) -> Ints:
+    return np.array([value], np.int32)
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()

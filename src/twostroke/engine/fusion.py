@@ -1,0 +1,88 @@
+"""Projections that read the same input become one matrix product, under transformers' unchanged model code."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import nn
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # input, weight, bias
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class _Fused(nn.Module):
+    """Several linear maps of one input as one product. It returns the first map's result and keeps the others'."""
+
+    def __init__(self, parts: Seq[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([part.weight.data for part in parts]), requires_grad=False)
+        biases = [part.bias.data for part in parts if part.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        self.sizes = [part.out_features for part in parts]
+        self.results: tuple[torch.Tensor, ...] = ()  # of the other maps, until each was taken
+        self.input: torch.Tensor | None = None
+        self.product: Product = nn.functional.linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.input = input
+        first, *rest = torch.split(self.product(input, self.weight, self.bias), self.sizes, dim=-1)
+        self.results = tuple(rest)
+        return first
+
+
+class _Part(nn.Module):
+    """Hands out what a ``_Fused`` has computed already, for the same input and no other."""
+
+    def __init__(self, fused: _Fused) -> None:
+        super().__init__()
+        self.source = (fused,)  # a tuple, so that it does not become a submodule twice
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        fused = self.source[0]
+        assert input is fused.input, "fused projections must be called in order, on one input"
+        result, *rest = fused.results
+        fused.results = tuple(rest)
+        if not rest:
+            fused.input = None  # so that nothing of this step outlives it
+        return result
+
+
+def fuse(network: nn.Module) -> int:
+    """Let projections that read the same input be one matrix product each; returns how many there are.
+
+    transformers' model code stays as it is: it still calls each projection by its name.
+    """
+    count = 0
+    for module in list(network.modules()):
+        for names in _TOGETHER:
+            parts = [getattr(module, name, None) for name in names]
+            linears = [part for part in parts if type(part) is nn.Linear]
+            if len(linears) != len(names) or len({part.bias is None for part in linears}) != 1:
+                continue
+            fused = _Fused(linears)
+            setattr(module, names[0], fused)
+            for name in names[1:]:
+                setattr(module, name, _Part(fused))
+            count += 1
+    return count
+
+
+class _Linear(nn.Module):
+    """A linear map by another product."""
+
+    def __init__(self, linear: nn.Linear, product: Product) -> None:
+        super().__init__()
+        self.weight, self.bias, self.product = linear.weight, linear.bias, product
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.product(input, self.weight, self.bias)
+
+
+def use_product(network: nn.Module, product: Product) -> None:
+    """Have all linear maps of the network computed by ``product``."""
+    for module in list(network.modules()):
+        if isinstance(module, _Fused):
+            module.product = product
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, _Linear(child, product))

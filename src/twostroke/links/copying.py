@@ -1,0 +1,103 @@
+"""What the links within one machine share: a thread that alone opens peers' pools, copies, and closes them."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from twostroke.errors import HandoverFailed
+from twostroke.kv.memory import host_id, started
+from twostroke.kv.pool import Slot
+from twostroke.links.link import check_read
+from twostroke.messages import PoolAddress
+
+SWEEP_SECONDS = 1.0
+
+Mapped = TypeVar("Mapped")
+
+
+class CopyingLink(ABC, Generic[Mapped]):
+    """Reads pools of workers on this machine: each is mapped once, until its process is gone or the link is closed.
+
+    A pool's memory lives as long as anybody maps it. A worker that is started again needs its own back, so peers that
+    are gone are let go within ``SWEEP_SECONDS``, whether anything is read or not.
+    """
+
+    name: str
+
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._peers: dict[PoolAddress, tuple[bytes, Mapped]] = {}  # with their start; only the copying thread's
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-link")  # one saturates the memory
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+        """See ``Link.read``."""
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep())
+        copy = asyncio.get_running_loop().run_in_executor(self._copies, self._read, peer, remote, local)
+        try:
+            await asyncio.shield(copy)
+        except asyncio.CancelledError:
+            while not copy.done():  # however often we are cancelled meanwhile
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([copy])
+            raise
+
+    def close(self) -> None:
+        """See ``Link.close``."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._copies.submit(self._drop, lambda _pid, _start: True)
+        self._copies.shutdown()
+
+    @abstractmethod
+    def _map(self, peer: PoolAddress) -> Mapped:
+        """Make a pool readable. ``HandoverFailed`` if it cannot be, or is not what the address says."""
+
+    @abstractmethod
+    def _copy(self, source: Mapped, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+        """Copy slots pairwise. When this returns or raises, nothing is written any more."""
+
+    @abstractmethod
+    def _unmap(self, source: Mapped) -> None:
+        """Let go of a pool. Does not raise."""
+
+    def _read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+        check_read(self._block_bytes, peer, remote)
+        self._drop(_gone)
+        if peer not in self._peers:
+            if peer.host != host_id():
+                raise HandoverFailed(f"the peer's pool is on another machine: {self.name} cannot reach it")
+            start = started(peer.pid)
+            if start is None:
+                raise HandoverFailed("the peer's process is gone")
+            self._peers[peer] = start, self._map(peer)
+        self._copy(self._peers[peer][1], remote, local)
+
+    def _drop(self, which: Callable[[int, bytes], bool]) -> None:
+        for peer, (start, source) in list(self._peers.items()):
+            if which(peer.pid, start):
+                del self._peers[peer]
+                self._unmap(source)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.get_running_loop().run_in_executor(self._copies, self._drop, _gone)
+
+
+def _gone(pid: int, start: bytes) -> bool:
+    return started(pid) != start
+
+
+def runs(remote: Sequence[Slot], local: Sequence[Slot]) -> Iterator[tuple[Slot, Slot, int]]:
+    """The fewest copies that move slots pairwise: first remote slot, first local slot, how many follow each other."""
+    pairs = list(zip(remote, local, strict=True))
+    first = 0
+    for end in range(1, len(pairs) + 1):
+        if end == len(pairs) or pairs[end] != (pairs[end - 1][0] + 1, pairs[end - 1][1] + 1):
+            yield *pairs[first], end - first
+            first = end

@@ -1,0 +1,157 @@
+"""Our kernels against plain arithmetic in float64."""
+
+import pytest
+import torch
+
+from tests.cuda.case import DEVICE, FAR, LAYER, PROCESSORS, SHAPES, TOLERANCE, Case, distance, on_gpu, plain
+from twostroke.engine.cuda_kernels import attend_one, gather, multiply, store
+from twostroke.engine.cuda_step import step_of
+
+LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 200, 1000, 2049]
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# All shapes in blocks of 16, some in others: each is compiled anew.
+CASES = pytest.mark.parametrize(
+    ("shape", "block"), [*((shape, 16) for shape in SHAPES), (SHAPES[0], 32), (SHAPES[3], 32)]
+)
+Shape = tuple[int, int, int]
+
+
+def case_of(lengths: list[int], shape: Shape, block: int, dtype: torch.dtype) -> Case:
+    heads, kv_heads, dim = shape
+    chunks = [(length - 1, 1) for length in lengths]
+    return Case(chunks, heads=heads, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype, stored=True)
+
+
+def attended(case: Case, window: int = FAR, rows: int = 0) -> torch.Tensor:
+    """What ``attend_one`` says; with ``rows``, filled up to as many."""
+    step = step_of(case.asked(), case.block, {}, rows=rows)
+    *_, lengths, width, tables, _ = (on_gpu(array) for array in step.arrays())
+    query, _, _ = case.new()
+    query = torch.cat([query, query[:1].expand(len(lengths) - len(query), -1, -1)])
+    out = torch.full_like(query, torch.nan)
+    attend_one(
+        query, case.kv, LAYER, tables, width, lengths, out, scale=case.scale, window=window, processors=PROCESSORS
+    )
+    return out
+
+
+def expected(case: Case, window: int | None = None) -> torch.Tensor:
+    """By plain attention on the CPU."""
+    parts = zip(case.q, case.k, case.v, strict=True)
+    return torch.cat(
+        [plain(q.cpu(), k.cpu(), v.cpu(), scale=case.scale, window=window) for q, k, v in parts],
+    )
+
+
+# -- attention of single tokens --------------------------------------------------------------------------------------
+
+
+@DTYPES
+@CASES
+def test_single_tokens_attend_to_their_whole_context(shape: Shape, block: int, dtype: torch.dtype) -> None:
+    case = case_of(LENGTHS, shape, block, dtype)
+    out = attended(case)
+    assert out.dtype == dtype
+    for row, right in zip(out.cpu(), expected(case), strict=True):
+        assert distance(row, right) < TOLERANCE[dtype]
+
+
+@DTYPES
+@CASES
+@pytest.mark.parametrize("window", [1, 7, 64, 100])
+def test_single_tokens_attend_to_their_window(shape: Shape, block: int, dtype: torch.dtype, window: int) -> None:
+    case = case_of(LENGTHS, shape, block, dtype)
+    for row, right in zip(attended(case, window).cpu(), expected(case, window), strict=True):
+        assert distance(row, right) < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [[1], [2049], [5, 300] * 70], ids=["one", "many splits", "no split"])
+def test_however_the_context_is_split(lengths: list[int], dtype: torch.dtype) -> None:
+    case = case_of(lengths, SHAPES[0], 16, dtype)
+    for row, right in zip(attended(case).cpu(), expected(case), strict=True):
+        assert distance(row, right) < TOLERANCE[dtype]
+
+
+def test_rows_that_fill_up_get_what_the_first_gets() -> None:
+    case = case_of([300, 5], SHAPES[1], 16, torch.float32)
+    out = attended(case, rows=11)
+    assert out.shape[0] == 11
+    assert (out[2:] == out[0]).all()
+    assert distance(out[:2].cpu(), expected(case)) < 1e-5
+
+
+@DTYPES
+def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
+    case = case_of([300, 70, 1], SHAPES[1], 16, dtype)
+    case.scale = 200.0
+    out = attended(case)
+    assert out.isfinite().all()
+    assert distance(out.cpu(), expected(case)) < 100 * TOLERANCE[dtype]
+
+
+# -- the pool --------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@CASES
+def test_rows_are_stored_at_their_places_and_nowhere_else(shape: Shape, block: int, dtype: torch.dtype) -> None:
+    """Rows with a negative place are not stored at all. K comes as columns of a wider matrix."""
+    heads, kv_heads, dim = shape
+    chunks = [(40, 1), (16, 1), (0, 20), (30, 70)]
+    case = Case(chunks, heads=heads, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype)
+    right = case.kv.clone()
+    for (start, size), table, k, v in zip(case.chunks, case.tables, case.k, case.v, strict=True):
+        case.write(right, table, k, v, start, start + size)
+    _, key, value = case.new()
+    nowhere = torch.full_like(value[:3], 7)
+    key, value = torch.cat([key, nowhere]), torch.cat([value, nowhere])
+    key = torch.cat([value, key, value], 1)[:, kv_heads : 2 * kv_heads]
+    places = on_gpu(step_of(case.asked(), block, {}).places)
+    places = torch.cat([places, torch.tensor([-1, -1, -1000], dtype=torch.int32, device=DEVICE)])
+    store(key, value, case.kv, LAYER, places)
+    assert torch.equal(case.kv.view(torch.uint8), right.view(torch.uint8))
+
+
+@DTYPES
+@CASES
+@pytest.mark.parametrize(("length", "size"), [(1, 64), (100, 128), (512, 512), (1000, 1024), (300, 1024)])
+def test_blocks_are_copied_together(shape: Shape, block: int, dtype: torch.dtype, length: int, size: int) -> None:
+    case = case_of([length, 50], shape, block, dtype)
+    table = torch.tensor(case.tables[0], dtype=torch.int32, device=DEVICE)
+    out = gather(case.kv, LAYER, table, size)
+    assert out.shape == (2, case.kv_heads, size, case.dim)
+    right = torch.stack([case.k[0], case.v[0]]).transpose(1, 2)
+    assert torch.equal(out[:, :, :length], right)
+    beyond = len(table) * block
+    assert not out[:, :, beyond : beyond + 256].any()
+
+
+# -- products --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_few_rows(biased: bool) -> None:
+    """Where they are computed here at all, and not left to cuBLAS."""
+    generator = torch.Generator().manual_seed(5)
+    computed = 0
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().to(DEVICE)
+
+    for inner, outer in [(3584, 4608), (2048, 16896), (80, 4224), (1000, 16896), (512, 100)]:
+        weight, bias = numbers(outer, inner), numbers(outer) if biased else None
+        for rows in (1, 2, 16, 17, 32, 33):
+            x = numbers(rows, inner)
+            right = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+            y = multiply(x, weight, bias, alone=False, processors=PROCESSORS)
+            if y is not None:
+                computed += 1
+                assert (y.shape, y.dtype) == ((rows, outer), torch.bfloat16)
+                assert distance(y, right) < 5e-3
+        copies = x[:1].repeat(2, 1)
+        y = multiply(copies, weight, bias, alone=True, processors=PROCESSORS)
+        assert y is not None
+        assert torch.equal(y[0], y[1])
+        assert distance(y[0], right[0]) < 5e-3
+    assert computed
