@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ import torch
 from tests.cuda.case import DEVICE
 from tests.engine.rig import Rig, ids, preemptions, request, serving
 from tests.tiny import VOCAB, generate, make_model
+from twostroke.engine import cuda
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Limits
+from twostroke.engine.sampling import Drawn, Row, draw
 from twostroke.errors import OutOfMemory
 from twostroke.messages import Output
 
@@ -219,3 +222,28 @@ async def test_out_of_memory_ends_the_request_that_is_too_large_and_no_other(set
         assert len(tokens) == count
         assert await rig.tokens(request(large, 5)) == setup.expected(large, 5)
         assert not rig.died.is_set()
+
+
+async def test_out_of_memory_in_sampling_leaves_the_others_their_tokens(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was computed by then, but it is computed again, after the one before it."""
+    prompts = [random_prompt(length) for length in (3, 20, 33, 50)]
+    knobs: dict[str, Any] = {"temperature": 1.5, "ignore_eos": True}
+    async with setup.running() as rig:
+        alone = [await rig.tokens(request(prompt, 20, **knobs)) for prompt in prompts]
+    calls = iter(range(10**6))
+
+    def refuse_once(logits: torch.Tensor, rows: Seq[Row]) -> Drawn:
+        if len(rows) == len(prompts) and next(calls) == 5:
+            raise torch.OutOfMemoryError("refused")
+        return draw(logits, rows)
+
+    monkeypatch.setattr(cuda, "draw", refuse_once)
+    async with setup.running() as rig:
+        asked = [rig.tokens(request(prompt, 20, **knobs)) for prompt in prompts]
+        got = await asyncio.gather(*asked, return_exceptions=True)
+    failed = [isinstance(tokens, OutOfMemory) for tokens in got]
+    assert failed.count(True) == 1
+    for index, tokens in enumerate(got):
+        assert failed[index] or tokens == alone[index]

@@ -9,10 +9,8 @@ from twostroke.engine.cuda_step import step_of
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 200, 1000, 2049]
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-# All shapes in blocks of 16, some in others: each is compiled anew.
-CASES = pytest.mark.parametrize(
-    ("shape", "block"), [*((shape, 16) for shape in SHAPES), (SHAPES[0], 32), (SHAPES[3], 32)]
-)
+# All shapes in blocks of 16, one in others: each is compiled anew.
+CASES = pytest.mark.parametrize(("shape", "block"), [*((shape, 16) for shape in SHAPES), (SHAPES[0], 32)])
 Shape = tuple[int, int, int]
 
 

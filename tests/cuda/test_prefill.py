@@ -1,5 +1,7 @@
 """Attention of steps with prompts in them: cuDNN's and torch's way, against plain attention."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ STEPS: dict[str, list[tuple[int, int]]] = {
 }
 
 
+@cache  # with the plans that it has built
 def cudnn_for(shape: tuple[int, int, int], block: int) -> CudnnAttention:
     heads, kv_heads, dim = shape
     if not CudnnAttention.is_supported(dim, block, BF16):

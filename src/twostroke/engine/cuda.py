@@ -159,10 +159,12 @@ class CudaRunner:
         self._limits = limits
         pages = self._layout.blocks(limits.context)
         tokens = limits.token_budget + limits.max_batch
-        capacity = 8 * tokens + 2 * (limits.max_batch + 64) * (pages + 2 * _ALIGN)
+        # Tables, of bundles too, whose sequences and pages are filled up to powers of two.
+        capacity = 8 * tokens + 4 * (limits.max_batch + 64) * (pages + 2 * _ALIGN)
         self._upload = _Upload(self._device, capacity)
         most = max(_TOGETHER, limits.max_batch)
-        self._sampled = torch.zeros(most, dtype=torch.int64, device=self._device)
+        self._sampled = torch.zeros(most, dtype=torch.int64, device=self._device)  # by the latest step launched
+        self._ids = torch.zeros_like(self._sampled)  # the most probable ones; the step may yet fail
         head = self._network.get_output_embeddings().weight
         self._logits = torch.zeros(most, len(head), dtype=self._dtype, device=self._device)
 
@@ -190,7 +192,7 @@ class CudaRunner:
                 logits, ids = compute(arrays)
                 # Into memory that all graphs share: they would keep 800 MiB of their own.
                 self._logits[: len(logits)] = logits
-                self._sampled[: len(ids)] = ids
+                self._ids[: len(ids)] = ids
             return _Graph(room, graph)
 
         with torch.cuda.stream(stream):
@@ -252,7 +254,7 @@ class CudaRunner:
         if one is None:
             return self._prefill(step, arrays)
         one.graph.replay()
-        return self._logits[:sampled], self._sampled[:sampled]
+        return self._logits[:sampled], self._ids[:sampled]
 
     def _decode(self, arrays: Seq[torch.Tensor], *, alone: bool) -> _Result:
         """A step of single tokens, all of which are sampled from."""
@@ -304,7 +306,7 @@ def _decode_sizes(most: int) -> list[int]:
 def _prompt_rooms(slots: int, limits: Limits, block: int) -> list[Room]:
     """Steps of short prompts that are captured, smallest first: these would take longer to launch than to compute."""
     most = min(1024, limits.token_budget, slots * block)
-    rows = sorted({min(most, rows) for rows in (128, 256, 512, 1024)})
+    rows = sorted({min(most, rows) for rows in (128, 256, 512, 1024) if most > 1})
     return [Room(count, sequences, 2048 // block) for count in rows for sequences in (1, _TOGETHER)]
 
 
