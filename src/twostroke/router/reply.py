@@ -13,6 +13,7 @@ from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER
 
 _PASSED_ON = (b"content-type", b"content-encoding", b"accept", b"traceparent")
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_DIGITS = 9  # of the size of a frame
 _UNAVAILABLE = b'"type":"%b"' % Unavailable.kind.encode()
 
 
@@ -112,7 +113,7 @@ class Frames:
         start, events, lines = 0, b"", b""
         while (head := buffer.find(b"\n", start) + 1) and buffer.startswith(b":", start):
             size, _, line = buffer[start + 1 : head].partition(b" ")
-            if not size.isdigit():
+            if not size.isdigit() or len(size) > _DIGITS:
                 raise ConnectionError("its stream is broken")
             end = head + int(size)
             if end > len(buffer):
