@@ -124,7 +124,7 @@ class Frames:
         self._torn = buffer[start:]
         if self._torn.startswith(b"data: ") and self._torn.endswith(DONE):
             if _UNAVAILABLE in self._torn:
-                raise ConnectionError("it shuts down")
+                raise ConnectionError("it goes away")
             events, self._torn = events + self._torn, b""
         self._done = self._done or events.endswith(DONE)
         return Part(events, lines)
