@@ -8,15 +8,15 @@ import sys
 
 from starlette.types import Receive, Scope, Send
 
-from twostroke.api.http import read_body
+from twostroke.api.http import DONE, header, read_body
 from twostroke.api.server import bind, serve
-from twostroke.messages import Slots, WorkerInfo, encode
+from twostroke.messages import JOURNAL_HEADER, Slots, WorkerInfo, encode
 
 _TOKEN = b'data: {"id":"cmpl-0","object":"text_completion","choices":[{"index":0,"text":" token"}]}\n\n'
 
 
 class Upstream:
-    """Streams as many events as the body says, each a write of its own."""
+    """Streams as many events as the body says, each a write of its own; with a journal when the router asks for it."""
 
     def __init__(self, port: int) -> None:
         self._info = encode(
@@ -31,11 +31,16 @@ class Upstream:
         body = await read_body(scope, receive, 1 << 20)
         stream = scope["path"] == "/v1/completions"
         content_type = b"text/event-stream" if stream else b"application/json"
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type)]})
+        journaled = header(scope, JOURNAL_HEADER) is not None
+        headers = [(b"content-type", content_type), *([(JOURNAL_HEADER.encode(), b"1")] if journaled else [])]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         if stream:
-            for _ in range(int(body)):
-                await send({"type": "http.response.body", "body": _TOKEN, "more_body": True})
+            for token in range(int(body)):
+                line = b":%d [[0,[%d],null,0]]\n" % (len(_TOKEN), token) if journaled else b""
+                await send({"type": "http.response.body", "body": line + _TOKEN, "more_body": True})
                 await asyncio.sleep(0)  # a token is a turn of the loop, as it is with a model
+            end = b":%d \n" % len(DONE) if journaled else b""
+            await send({"type": "http.response.body", "body": end + DONE, "more_body": True})
         await send({"type": "http.response.body", "body": b"" if stream else self._info})
 
 

@@ -97,6 +97,7 @@ def test_the_right_word_is_suggested(
         (("up", "--decode", "1"), "--prefill"),
         (("up", "--colocated", "-1"), "negative"),
         (("up", "--schedule", "later"), "concurrent"),
+        (("router", "--on-loss", "cry"), "continue"),
         (("up", "--port", "0"), "--port"),
         (("up", "--port", "65536"), "--port"),
         (("up", "--host", "0.0.0.0"), "cluster secret"),
@@ -162,7 +163,7 @@ def test_up_counts(monkeypatch: pytest.MonkeyPatch, arguments: list[str], counts
 def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "up m --host ::1 --port 9 --schedule serial --policy round-robin --insecure --dtype float32"
     flags += " --max-model-len 99 --kv-memory 2MiB --block-size 8 --chunk-size 64 --threads 3 --max-batch 5"
-    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu"
+    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu --on-loss error"
     engine = EngineConfig(
         dtype="float32",
         load_format="dummy",
@@ -175,7 +176,7 @@ def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         threads=3,
     )
     assert taken(monkeypatch, "twostroke.up", flags.split()) == UpConfig(
-        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine, ("cuda:1", "cpu")
+        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine, ("cuda:1", "cpu"), "error"
     )
 
 
@@ -194,6 +195,8 @@ def test_no_flags_mean_the_configs_own_defaults(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_router_takes_several_urls_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = "router --prefill http://a:1 http://b:1 --decode http://c:1 --decode http://d:1"
+    flags = "router --prefill http://a:1 http://b:1 --decode http://c:1 --decode http://d:1 --on-loss error"
     config = taken(monkeypatch, "twostroke.router.router", flags.split())
-    assert config == RouterConfig(prefill=("http://a:1", "http://b:1"), decode=("http://c:1", "http://d:1"))
+    assert config == RouterConfig(
+        prefill=("http://a:1", "http://b:1"), decode=("http://c:1", "http://d:1"), on_loss="error"
+    )

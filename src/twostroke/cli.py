@@ -36,7 +36,7 @@ class EngineOptions:
     """Options of the engine, the same for one worker and for all workers of ``up``."""
 
     device: str = "auto"
-    "cpu, cuda or cuda:1; auto is a GPU, if torch sees one."
+    "cpu, cuda or cuda:1; auto prefers a GPU."
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     "Numbers that weights and KV cache are made of."
     load_format: LoadFormat = "auto"
@@ -100,6 +100,7 @@ def up(
     port: int = 8000,
     schedule: config.Schedule = "concurrent",
     policy: config.Policy = "least-loaded",
+    on_loss: config.OnLoss = "continue",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
 ) -> int:
@@ -125,8 +126,10 @@ def up(
         Ask both workers at once, or decode after prefill.
     policy
         How workers are chosen.
+    on_loss
+        When a worker dies in mid-answer: another one continues it, or not.
     insecure
-        Listen beyond this machine without a cluster secret.
+        Listen beyond this machine without a secret.
     """
     from twostroke.up import run
 
@@ -135,7 +138,7 @@ def up(
     engine, places = options.config(), _devices(devices)
     if places and engine.device != "auto":
         raise StartupError("--devices is for each worker, --device for all: give one of them")
-    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, engine, places))
+    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss))
 
 
 @app.command
@@ -172,7 +175,7 @@ def serve(
     max_queue
         Waiting requests beyond which new ones are refused (429).
     insecure
-        Listen beyond this machine without a cluster secret.
+        Listen beyond this machine without a secret.
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
@@ -201,6 +204,7 @@ def router(
     port: int = 8000,
     schedule: config.Schedule = "concurrent",
     policy: config.Policy = "least-loaded",
+    on_loss: config.OnLoss = "continue",
     insecure: bool = False,
     parent_pid: ParentPid = None,
 ) -> int:
@@ -222,14 +226,16 @@ def router(
         Ask both workers at once, or decode after prefill.
     policy
         How workers are chosen.
+    on_loss
+        When a worker dies in mid-answer: another one continues it, or not.
     insecure
-        Listen beyond this machine without a cluster secret.
+        Listen beyond this machine without a secret.
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
     config.check_pools(len(prefill), len(decode), len(colocated))
     config.check_urls((*prefill, *decode, *colocated))
-    settings = RouterConfig(prefill, decode, colocated, schedule, policy, host, _port(port))
+    settings = RouterConfig(prefill, decode, colocated, schedule, policy, host, _port(port), on_loss=on_loss)
     from twostroke.router.router import run
 
     return run(settings)

@@ -16,6 +16,7 @@ from twostroke.messages import Role
 
 Schedule = Literal["concurrent", "serial"]
 Policy = Literal["least-loaded", "round-robin"]
+OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
@@ -73,6 +74,7 @@ class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 8000
     heartbeat: float = 1.0  # seconds between looks at each worker
     max_body: int = 16 << 20  # bytes
+    on_loss: OnLoss = "continue"
 
 
 class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +91,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     insecure: bool = False
     engine: EngineConfig = EngineConfig()  # of each worker; they share the cores, and the utilization of one GPU
     devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``
+    on_loss: OnLoss = "continue"
 
 
 def check_pools(prefill: int, decode: int, colocated: int) -> None:

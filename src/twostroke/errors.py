@@ -99,7 +99,7 @@ class Overloaded(RequestError):
 
 
 class Unavailable(RequestError):
-    """No worker can serve this now (starting, draining, or lost). Try again after ``retry_after`` seconds."""
+    """It cannot be served here now (starting, draining, or lost). Try again after ``retry_after`` seconds."""
 
     status = 503
     kind = "unavailable_error"

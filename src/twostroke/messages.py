@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 PROTOCOL = 2
+MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
 Role = Literal["both", "prefill", "decode"]
 WorkerState = Literal["starting", "ready", "draining"]
@@ -20,6 +21,7 @@ Url = Annotated[str, Meta(min_length=1, max_length=512)]
 
 REQUEST_ID_HEADER = "x-request-id"
 TICKET_HEADER = "x-twostroke-handover"
+JOURNAL_HEADER = "x-twostroke-journal"
 SECRET_HEADER = "x-twostroke-secret"  # noqa: S105 - the header's name, not a secret
 
 
@@ -60,6 +62,7 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     choice: int = 0
     salt: str = ""  # tenant salt, part of every block key
     priority: int = 0  # smaller is served first
+    output: list[int] = []  # tokens that were generated elsewhere already; at least one less than ``max_tokens``
 
     @property
     def http_id(self) -> str:
@@ -188,6 +191,31 @@ class Confirmed(Struct, frozen=True, forbid_unknown_fields=True):
     """P → D: whether the lease was alive when the ``Confirm`` arrived; only then do the read blocks count."""
 
     alive: bool
+
+
+# -- the journal, between a router and the worker that answers ----------------------------------------------------
+
+
+class Journal(Struct, frozen=True, forbid_unknown_fields=True):
+    """The router's word to the worker that streams an answer, as JSON in the header ``x-twostroke-journal``: write down
+    what is needed to continue it elsewhere, and continue it where the journal so far ends.
+
+    The journal, lines of JSON ``list[Sent]``, stands in front of the body. A stream with a journal consists of frames
+    ``:<size> <line>\\n<events>``: ``size`` bytes of events, and what they send. (To a client the first line of a frame
+    would be a comment.) Of an answer that is not streamed there is no journal.
+    """
+
+    size: Annotated[int, Meta(ge=0, le=MAX_JOURNAL)]  # bytes of the journal so far
+    created: Annotated[int, Meta(ge=0, le=2**53)]  # unix seconds: when the answer says that it was created
+
+
+class Sent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An ``Output`` of one choice that the client has seen all of. Tokens with log-probabilities are whole."""
+
+    choice: Count  # its index in the reply
+    tokens: list[int | Token]
+    finish: FinishReason | None = None
+    cached_tokens: Count = 0
 
 
 # -- what a worker says of itself --------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def router_arguments(plans: Sequence[Plan], config: UpConfig) -> list[str]:
     insecure = ["--insecure"] if config.insecure else []
     return [
         *("router", *workers, "--host", config.host, "--port", str(config.port)),
-        *("--schedule", config.schedule, "--policy", config.policy, *insecure),
+        *("--schedule", config.schedule, "--policy", config.policy, "--on-loss", config.on_loss, *insecure),
     ]
 
 

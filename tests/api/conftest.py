@@ -107,8 +107,11 @@ class ScriptedService:
         stopped = bool(ids) and ids[-1] in self._card.eos_token_ids | sampling.stop_token_ids
         finish = "stop" if stopped else "length"
         tokens = [self._token(token, sampling.logprobs) for token in ids]
-        outputs = [Output([token], None, cached_tokens=1) for token in tokens[:-1]]
-        return [*outputs, Output(tokens[-1:], finish, cached_tokens=1)]  # type: ignore[arg-type]
+        cached = 0 if request.output else 1
+        outputs = [Output([token], None, cached) for token in tokens[:-1]]
+        outputs.append(Output(tokens[-1:], finish, cached))  # type: ignore[arg-type]
+        assert request.output == ids[: len(request.output)]
+        return outputs[len(request.output) :]
 
     def _token(self, token: int, logprobs: int | None) -> Token:
         if logprobs is None:

@@ -163,9 +163,10 @@ async def generate(
     return ids
 
 
-async def stream(session: aiohttp.ClientSession, url: str, body: Json) -> AsyncIterator[Json]:
+async def stream(session: aiohttp.ClientSession, url: str, body: Json, **headers: str) -> AsyncIterator[Json]:
     """Events of a streaming completion, to ``[DONE]``."""
-    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as reply:
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}, headers=sent) as reply:
         assert reply.status == 200, await reply.text()
         async for line in reply.content:
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":

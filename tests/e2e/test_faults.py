@@ -4,12 +4,14 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from tests.e2e.conftest import FLOAT32, ROLES, Reference
-from tests.e2e.system import System, client, generate, launch, post, restart, stream
+from tests.e2e.system import Json, System, client, generate, launch, post, restart, stream
 
 TOKENS = 10
 
@@ -68,24 +70,137 @@ async def test_prefill_worker_is_stopped(tmp_path: Path, reference: Reference) -
             await system.idle(session, ["prefill-0"], seconds=10)
 
 
-async def test_decode_worker_is_killed(tmp_path: Path, reference: Reference) -> None:
-    """Mid-stream the client gets an explicit error; the prefill worker frees everything; the other one serves on."""
-    roles = {**ROLES, "colocated-0": "both"}
+TWO_DECODE = {"prefill-0": "prefill", "decode-0": "decode", "decode-1": "decode"}
+LONG = 100  # tokens: seconds of decoding, in which something can happen
+
+
+async def at_third(
+    events: AsyncIterator[Json], act: Callable[[], Awaitable[None]]
+) -> tuple[list[Json], float]:  # and the longest gap, in seconds
+    """All events of a stream; ``act`` runs when three have come."""
+    seen: list[Json] = []
+    gap, last = 0.0, time.monotonic()
+    async for event in events:
+        seen.append(event)
+        gap, last = max(gap, time.monotonic() - last), time.monotonic()
+        if len(seen) == 3:
+            await act()
+    return seen, gap
+
+
+async def victim(session: aiohttp.ClientSession, system: System) -> str:
+    """The worker that decodes now."""
+    for name in system.workers:
+        if not name.startswith("prefill") and (await system.info(session, name))["running"]:
+            return name
+    raise AssertionError("nobody decodes")
+
+
+def text_of(events: Sequence[Json], index: int = 0) -> str:
+    """What a client reads of one choice."""
+    return "".join(c["text"] for event in events for c in event["choices"] if c["index"] == index)
+
+
+async def continued(session: aiohttp.ClientSession, system: System, id_: str) -> list[str]:
+    """Why the router had this request continued."""
+    async with session.get(f"{system.url}/debug/requests/{id_}") as reply:
+        events = (await reply.json())["events"]
+    return [event["detail"]["reason"] for event in events if event["event"] == "continued"]
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+async def test_decode_worker_is_lost_in_mid_stream(tmp_path: Path, reference: Reference, fault: signal.Signals) -> None:
+    """Its answers go on elsewhere, to the same last character: greedy, and seeded with penalties and two choices. A
+    worker that wakes up drops what it held, and serves again.
+    """
     prompt = reference.prompts()[15]
-    with launch(tmp_path, roles, engine=FLOAT32) as system:
+    greedy: Json = {"temperature": 0}
+    seeded: Json = {"temperature": 0.8, "seed": 7, "n": 2, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+    with launch(tmp_path, TWO_DECODE, engine=FLOAT32) as system:
         async with client() as session:
-            body = {"prompt": list(prompt), "max_tokens": 400, "temperature": 0, "ignore_eos": True}
-            events = []
-            async for event in stream(session, system.url, body):
-                events.append(event)
-                if len(events) == 3:
-                    running = {name: (await system.info(session, name))["running"] for name in roles}
-                    victim = next(name for name in ("decode-0", "colocated-0") if running[name])
-                    system.workers[victim].kill()
-            assert "error" in events[-1]
-            rest = [name for name in roles if name != victim]
-            await system.idle(session, rest)
+            for number, knobs in enumerate((greedy, seeded)):
+                body = {"prompt": list(prompt), "max_tokens": LONG, "ignore_eos": True, **knobs}
+                body["stream_options"], choices = {"include_usage": True}, range(body.get("n", 1))
+                whole = [event async for event in stream(session, system.url, body)]
+                lost = ""
+
+                async def strike() -> None:
+                    nonlocal lost
+                    lost = await victim(session, system)
+                    os.kill(system.workers[lost].popen.pid, fault)
+
+                id_ = f"continued-{number}"
+                events, gap = await at_third(stream(session, system.url, body, x_request_id=id_), strike)
+                for index in choices:
+                    assert text_of(events, index) == text_of(whole, index)
+                assert {(e["id"], e["created"]) for e in events} == {(f"cmpl-{id_}", events[0]["created"])}
+                assert sum(event["usage"] is not None for event in events) == 1
+                counts, others = events[-1]["usage"], whole[-1]["usage"]
+                assert counts["completion_tokens"] == others["completion_tokens"] == LONG * len(choices)
+                finished = [c["index"] for event in events for c in event["choices"] if c["finish_reason"]]
+                assert sorted(finished) == list(choices)
+                assert gap < 10
+                assert len(await continued(session, system, id_)) == 1
+                await system.idle(session, [name for name in TWO_DECODE if name != lost])
+                if fault == signal.SIGKILL:
+                    again = ["serve", "--role", "decode", "--name", lost, "--threads", "1", *FLOAT32]
+                    system.workers[lost] = restart(tmp_path, system.workers[lost], again)
+                else:
+                    os.kill(system.workers[lost].popen.pid, signal.SIGCONT)
+                    await system.idle(session, [lost])
+                await until_ready(session, system)
+
+
+async def test_the_last_decode_worker_is_killed(tmp_path: Path, reference: Reference) -> None:
+    """The prefill worker is as good as any: it continues the answer. New requests are refused."""
+    prompt = reference.prompts()[15]
+    body = {"prompt": list(prompt), "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    with launch(tmp_path, ROLES, engine=FLOAT32) as system:
+        async with client() as session:
+
+            async def strike() -> None:
+                system.workers["decode-0"].kill()
+
+            events, _ = await at_third(stream(session, system.url, body), strike)
+            assert text_of(events) == reference.decode([*prompt, *reference.generate(prompt, 60)]).removeprefix(
+                reference.decode(prompt)
+            )
+            await system.idle(session, ["prefill-0"])
+            assert (await post(session, f"{system.url}/v1/completions", {"prompt": "a"}))[0] == 503
+
+
+async def test_on_loss_error(tmp_path: Path, reference: Reference) -> None:
+    """The client gets an explicit error, also from a worker that is only silent; everybody else frees everything."""
+    prompt = reference.prompts()[15]
+    body = {"prompt": list(prompt), "max_tokens": LONG, "temperature": 0, "ignore_eos": True}
+    with launch(tmp_path, TWO_DECODE, engine=FLOAT32, router=["--on-loss", "error"]) as system:
+        async with client() as session:
+            lost = []
+            for fault in (signal.SIGSTOP, signal.SIGKILL):
+
+                async def strike(fault: signal.Signals = fault) -> None:
+                    lost.append(await victim(session, system))
+                    os.kill(system.workers[lost[-1]].popen.pid, fault)
+
+                events, _ = await at_third(stream(session, system.url, body), strike)
+                assert events[-1]["error"]["code"] == "worker_lost"
+                if fault == signal.SIGSTOP:
+                    os.kill(system.workers[lost[-1]].popen.pid, signal.SIGCONT)
+                    await system.idle(session)
+                    await until_ready(session, system)
+            await system.idle(session, [name for name in TWO_DECODE if name != lost[-1]])
             assert await generate(session, system.url, prompt, TOKENS) == reference.generate(prompt, TOKENS)
+
+
+async def until_ready(session: aiohttp.ClientSession, system: System) -> None:
+    """Until the router sees every worker ready."""
+    deadline = time.monotonic() + 60
+    while True:
+        async with session.get(f"{system.url}/workers") as reply:
+            if all(worker["state"] == "ready" for worker in await reply.json()):
+                return
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
 
 
 async def test_colocated_worker_serves_when_no_pair_is_there(tmp_path: Path, reference: Reference) -> None:

@@ -184,6 +184,7 @@ async def system(
     schedule: str = "concurrent",
     policy: str = "least-loaded",
     max_body: int = 1 << 20,
+    on_loss: str = "continue",
 ) -> AsyncIterator[System]:
     """Start everything on free ports. The heartbeat is the test's to give (``look``), the first one is given."""
     log: list[str] = []
@@ -202,6 +203,7 @@ async def system(
             "schedule": schedule,
             "policy": policy,
             "max_body": max_body,
+            "on_loss": on_loss,
         }
         session = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
         router = Router(msgspec.convert(settings, RouterConfig), session, secret=secret)

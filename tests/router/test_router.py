@@ -253,7 +253,7 @@ async def test_a_worker_that_comes_back_is_used_again() -> None:
         assert (await ask(running))[0] == 200
 
 
-async def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
+async def test_a_stream_without_a_journal_that_breaks_ends_with_an_error_event() -> None:
     async with system(0, 0, 1) as running:
         running.workers[0].answer = stream_answer(EVENTS[0], EVENTS[1], breaks=True)
         running.workers[0].gate.release()

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from typing import TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -56,11 +57,14 @@ from twostroke.errors import (
     Unavailable,
 )
 from twostroke.messages import (
+    JOURNAL_HEADER,
     REQUEST_ID_HEADER,
     SECRET_HEADER,
     TICKET_HEADER,
+    Journal,
     Request,
     Sampling,
+    Sent,
     Ticket,
     TimelineEvent,
 )
@@ -69,11 +73,13 @@ log = logging.getLogger(__name__)
 
 Translate = Callable[[bytes, Setting], Call]
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+Word = TypeVar("Word", Ticket, Journal)
 
 _REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,128}")  # printable ASCII without blank and "/"
 _BIG_BODY = 32 << 10  # bytes, above which translation (tokenisation) leaves the event loop
 _PROBE_SECONDS = 20.0
 _BACKLOG = 2048
+_LINES = msgspec.json.Decoder(list[Sent])
 
 
 def build_app(service: Service, lifecycle: Lifecycle, *, max_body: int, routes: Sequence[BaseRoute] = ()) -> ASGIApp:
@@ -219,34 +225,39 @@ class _Api:
 
     def _generating(self, translate: Translate) -> Endpoint:
         async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-            ticket = self._ticket(scope)
-            setting = self._setting(scope)
-            call = await self._translate(translate, await read_body(scope, receive, self._max_body), setting)
+            ticket, journal = self._word(scope, TICKET_HEADER, Ticket), self._word(scope, JOURNAL_HEADER, Journal)
+            if ticket is not None and journal is not None and journal.size:
+                raise BadRequest("an answer that has begun cannot be handed over", param=TICKET_HEADER)
+            size = journal.size if journal else 0
+            body = await read_body(scope, receive, self._max_body + size)
+            setting = self._setting(scope, journal.created if journal else int(time.time()))
+            call = await self._translate(translate, body[size:], setting)
+            sent = await _read_journal(body[:size]) if journal else None
             with self._registered(setting.http_id, call, ticket):
                 if ticket is not None and ticket.side == "produce":
                     await unless_gone(self._produce(call, ticket, send), receive)
                 else:
-                    exchange = Exchange(call, self._service, self._lifecycle, ticket, send)
+                    exchange = Exchange(call, self._service, self._lifecycle, ticket, send, sent)
                     await unless_gone(exchange.run(), receive)
 
         return endpoint
 
-    def _ticket(self, scope: Scope) -> Ticket | None:
-        """The router's ticket, if this call is an end of a hand-over and comes from one who may say so."""
-        text = header(scope, TICKET_HEADER)
+    def _word(self, scope: Scope, name: str, type_: type[Word]) -> Word | None:
+        """What the router says in the header ``name``, if it does; only from one who may say so."""
+        text = header(scope, name)
         if text is None:
             return None
         given = header(scope, SECRET_HEADER) or ""
         if self._secret and not hmac.compare_digest(given.encode(), self._secret.encode()):
-            raise Unauthorized(f"{TICKET_HEADER} needs the cluster secret in {SECRET_HEADER}")
+            raise Unauthorized(f"{name} needs the cluster secret in {SECRET_HEADER}")
         try:
-            return msgspec.json.decode(text, type=Ticket)
+            return msgspec.json.decode(text, type=type_)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise BadRequest(f"{TICKET_HEADER}: {error}", param=TICKET_HEADER) from None
+            raise BadRequest(f"{name}: {error}", param=name) from None
 
-    def _setting(self, scope: Scope) -> Setting:
+    def _setting(self, scope: Scope, now: int) -> Setting:
         card = self._service.card()
-        return Setting(card, self._service.tokenizer, scope["twostroke.http_id"], int(time.time()))
+        return Setting(card, self._service.tokenizer, scope["twostroke.http_id"], now)
 
     async def _translate(self, translate: Translate, body: bytes, setting: Setting) -> Call:
         if len(body) <= _BIG_BODY:
@@ -316,6 +327,15 @@ class _Api:
 
     async def _server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(sglang.server_info(self._service.card(), self._service.health()[0])))
+
+
+async def _read_journal(text: bytes) -> list[Sent]:
+    try:
+        long = len(text) > _BIG_BODY
+        lines = await asyncio.to_thread(_LINES.decode_lines, text) if long else _LINES.decode_lines(text)
+        return [sent for line in lines for sent in line]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest(f"the journal in front of the body: {error}", param=JOURNAL_HEADER) from None
 
 
 class _Raw:

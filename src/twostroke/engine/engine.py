@@ -13,7 +13,7 @@ from typing import NamedTuple
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk, Scheduler, Sequence
-from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, RequestError
+from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, RequestError, Unavailable
 from twostroke.kv.keys import root_key
 from twostroke.kv.pool import Lease, Pool
 from twostroke.messages import FinishReason, Output, Request, Slots, Token
@@ -191,7 +191,7 @@ class Engine:
                     self._commit(flying.popleft().tokens())
         except DeviceLost:
             log.exception("the device is lost")
-            self._end(EngineFailed("the device of this worker is lost"))
+            self._end(Unavailable("the device of this worker is lost"))
         finally:
             if not self._stopping and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._died)

@@ -8,7 +8,7 @@ A sequence waits, then holds slots for all its tokens and runs, until it is fini
      └──────preempt──────┘
 
 A step computes, for each running sequence, some of the tokens whose KV is not there yet. Prefill, a chunk of prefill,
-decode, and recomputing after a preemption are all that one thing.
+decode, recomputing after a preemption, and computing what was generated elsewhere are all that one thing.
 
 A step can be planned while earlier ones are in flight: planned, but not committed. A sequence's next token is then
 computed before its id is known to us, since the device knows it. If it turns out to end the sequence, that was in vain.
@@ -51,7 +51,7 @@ class Sequence:
         self.root = root  # parent key of the first block
         self.loads = loads  # stop at LOADING once admitted, for somebody else to bring blocks
         self.exports = exports  # also holds every prompt block as soon as it is computed; outlives the sequence
-        self.tokens = list(request.prompt)
+        self.tokens = [*request.prompt, *request.output]
         self.keys: list[BlockKey] = []  # of full blocks of ``tokens``, as far as they were needed
         self.lease: Lease | None = None
         self.computed = 0  # tokens
@@ -64,7 +64,7 @@ class Sequence:
 
     @property
     def outputs(self) -> int:
-        """How many tokens were generated."""
+        """How many tokens were generated, here or elsewhere."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property

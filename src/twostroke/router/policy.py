@@ -74,6 +74,19 @@ def choose(workers: Sequence[W], policy: Policy, turn: int) -> Route[W]:
     return Disaggregated(_pick(prefill, policy, turn, _by_tokens), answers)
 
 
+def successor(workers: Sequence[W], policy: Policy, turn: int) -> W:
+    """Pick the worker that continues an answer by itself: one that answers, or a prefill worker if there is no other.
+
+    Raises:
+        Unavailable: none is ready.
+    """
+    decode, colocated, prefill = (_ready(workers, pool) for pool in ("decode", "colocated", "prefill"))
+    able = [*decode, *colocated] or prefill
+    if not able:
+        raise Unavailable("no other worker is ready")
+    return _pick(able, policy, turn, _by_requests)
+
+
 def _by_requests(worker: Candidate) -> tuple[int, ...]:
     """Decode: the batch size sets the time of a step. At equal load, a pair disturbs nobody's decode."""
     return worker.requests, worker.pool == "colocated", worker.tokens

@@ -8,8 +8,8 @@ disturb it.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Literal
 
 import aiohttp
@@ -24,9 +24,8 @@ log = logging.getLogger(__name__)
 State = Literal["starting", "ready", "draining", "lost"]
 
 START_SECONDS = 120.0  # a worker that has never answered counts as starting for so long, then as lost
-MISSES = 3  # heartbeats without an answer in time before a silent worker is lost; a refused connection is one at once
+SILENCE = 3.0  # seconds in which a worker must answer a heartbeat, or it is lost with all that it does
 _EAGER_SECONDS = 0.2  # between looks at a worker that is not ready
-_ANSWER_SECONDS = 2.0
 _MAX_INFO = 64 << 10  # bytes
 _BYTES_A_TOKEN = 4  # of a request body, roughly; loads are only compared with each other
 
@@ -60,11 +59,11 @@ class Worker:
         self.state: State = "starting"
         self.detail = "has not answered yet"
         self.info: WorkerInfo | None = None
-        self.misses = 0
         self.in_flight = 0
         self._tokens_in_flight = 0
         self._foreign_requests = 0
         self._foreign_tokens = 0
+        self._waits: set[asyncio.Timeout] = set()
 
     @property
     def id(self) -> str:
@@ -86,7 +85,6 @@ class Worker:
 
     def heard(self, info: WorkerInfo) -> None:
         """Believe what the worker says of itself."""
-        self.misses = 0
         self.info, self.state, self.detail = info, info.state, info.detail
         self._foreign_requests = max(0, info.running + info.waiting - self.in_flight)
         self._foreign_tokens = max(0, info.queued_tokens - self._tokens_in_flight)
@@ -102,6 +100,25 @@ class Worker:
         finally:
             self.in_flight -= 1
             self._tokens_in_flight -= tokens
+
+    @asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        """Wait for this worker, as long as it is not given up.
+
+        Raises:
+            TimeoutError: it was.
+        """
+        async with asyncio.timeout(None) as wait:
+            self._waits.add(wait)
+            try:
+                yield
+            finally:
+                self._waits.discard(wait)
+
+    def give_up(self) -> None:
+        """End everybody's wait for this worker: it will not answer, or is no more."""
+        while self._waits:
+            self._waits.pop().reschedule(asyncio.get_running_loop().time())
 
     def report(self) -> WorkerReport:
         info = self.info
@@ -162,9 +179,8 @@ class Registry:
         try:
             info = await self._ask(worker.url)
         except TimeoutError:
-            worker.misses += 1
-            if worker.misses >= MISSES:
-                self._missed(worker, f"no answer to {worker.misses} heartbeats")
+            self._missed(worker, f"no answer to a heartbeat for {SILENCE:.0f} s")
+            worker.give_up()
         except (aiohttp.ClientError, OSError, msgspec.MsgspecError, ValueError) as error:
             self._missed(worker, str(error) or type(error).__name__)
         else:
@@ -177,7 +193,7 @@ class Registry:
             await asyncio.sleep(self._heartbeat if ready else min(self._heartbeat, _EAGER_SECONDS))
 
     async def _ask(self, url: str) -> WorkerInfo:
-        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=SILENCE)
         async with self._session.get(f"{url}/internal/info", headers=self._headers, timeout=timeout) as reply:
             if reply.status == 401:
                 raise ValueError("it refuses the cluster secret: set the same TWOSTROKE_SECRET on both")
@@ -199,5 +215,7 @@ class Registry:
         worker = self.workers[place]
         if worker.info and worker.info.instance != info.instance:
             log.warning("worker %s (%s) came back as a new process", worker.id, worker.url)
+            self.lose(worker, "there is a new process in its place")
+            worker.give_up()
             worker = self.workers[place] = Worker(worker.url, worker.pool)
         worker.heard(info)

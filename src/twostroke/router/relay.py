@@ -3,10 +3,15 @@
 The same body goes to both ends of a hand-over; a ticket in a header says which end a worker is. The decode worker's
 reply is the answer, relayed as raw bytes. That worker copes by itself with a producer that is late or gone, so the
 prefill worker's reply is waited for only where the serial schedule says so.
+
+If the answering worker is lost, another one takes its place. Of a stream that the client has seen a part of, it
+continues exactly there: the worker keeps a journal in its stream (``messages.Journal``), whose lines are taken out and
+remembered here, unread, and given to the next worker. Nobody waits for a worker that answers no heartbeat.
 """
 
 import asyncio
 import io
+from collections.abc import Sequence
 
 import aiohttp
 from msgspec import Struct
@@ -15,13 +20,13 @@ from starlette.types import Receive, Scope, Send
 from twostroke.api.http import ClientGone, unless_gone
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.config import Policy, RouterConfig
-from twostroke.errors import RequestError, WorkerLost
-from twostroke.messages import SECRET_HEADER, TICKET_HEADER, Ticket, encode
-from twostroke.router.policy import Colocated, Disaggregated, Route, choose
+from twostroke.errors import RequestError, Unavailable, WorkerLost
+from twostroke.messages import JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal, Ticket, encode
+from twostroke.router.policy import Colocated, Disaggregated, Route, choose, successor
 from twostroke.router.registry import Registry, Worker
-from twostroke.router.reply import Call, Reply, read_call
+from twostroke.router.reply import Call, Events, Frames, Reply, read_call
 
-ATTEMPTS = 2
+LOSSES = 2  # workers that one request survives
 _CONNECT_SECONDS = 5.0
 _PRODUCER_GRACE = 2.0  # seconds that the prefill end gets once the answer is complete; then nobody needs it
 _RELAYED = ("content-type", "retry-after", "cache-control")
@@ -57,6 +62,7 @@ class Relay:
         self._lifecycle = lifecycle
         self._policy: Policy = config.policy
         self._serial = config.schedule == "serial"
+        self._continues = config.on_loss == "continue"
         self._max_body = config.max_body
         self._secret = {SECRET_HEADER: secret} if secret else {}
         self.in_flight = 0
@@ -86,22 +92,33 @@ class Relay:
             self.in_flight -= 1
 
     async def _attempts(self, call: Call, reply: Reply) -> None:
-        """Route the call; once more if the worker is lost before the client has seen any of the answer."""
-        attempt = 0
+        """Route the call; when the worker that answers is lost, begin again or continue on another one."""
+        lost: list[Worker] = []
+        reason = ""
         while True:
+            route = self._choose(reply, lost)
+            if lost:
+                self._stamp(call, "continued" if reply.started else "retried", reason=reason)
             try:
-                await self._along(self._choose(), call, attempt, reply)
+                await self._along(route, call, len(lost), reply)
             except WorkerLost as error:
-                attempt += 1
-                if reply.started or attempt == ATTEMPTS:
+                lost.append(route.worker if isinstance(route, Colocated) else route.decode)
+                if len(lost) > LOSSES or (reply.started and not reply.can_continue):
                     raise
-                self._stamp(call, "retried", reason=error.message)
+                reason = error.message
             else:
                 return
 
-    def _choose(self) -> Route[Worker]:
+    def _choose(self, reply: Reply, lost: Sequence[Worker]) -> Route[Worker]:
+        """A route without the workers that this request was lost on."""
+        workers = [worker for worker in self._registry.workers if worker not in lost]
         self._turn += 1
-        return choose(self._registry.workers, self._policy, self._turn - 1)
+        if not reply.started:
+            return choose(workers, self._policy, self._turn - 1)
+        try:
+            return Colocated(successor(workers, self._policy, self._turn - 1))
+        except Unavailable as error:
+            raise WorkerLost(f"worker {lost[-1].id} was lost, and the answer cannot go on: {error.message}") from error
 
     async def _along(self, route: Route[Worker], call: Call, attempt: int, reply: Reply) -> None:
         if isinstance(route, Colocated):
@@ -133,11 +150,11 @@ class Relay:
         """The prefill end. Its failures are stamped, and left to the decode worker to make good."""
         try:
             with worker.held(len(call.body)):
-                async with self._post(call, worker, ticket) as upstream:
+                async with worker.alive(), self._post(call, worker, ticket) as upstream:
                     body = await upstream.read()
         except _UPSTREAM_ERRORS as error:
-            self._registry.lose(worker, _reason(error))
-            self._stamp(call, "producer_failed", worker=worker.id, reason=_reason(error))
+            why = self._lose(worker, error)
+            self._stamp(call, "producer_failed", worker=worker.id, reason=why)
             return None
         if upstream.status < 400:
             return None
@@ -152,17 +169,22 @@ class Relay:
         """Relay the reply of the worker that answers.
 
         Raises:
-            WorkerLost: it cannot be reached, takes no requests, or breaks off.
+            WorkerLost: it cannot be reached, takes no requests, breaks off, or cannot continue the answer.
         """
+        journal = Journal(len(reply.journal), call.created) if self._continues else None
         try:
             with worker.held(len(call.body)):
-                async with self._post(call, worker, ticket) as upstream:
+                async with worker.alive(), self._post(call, worker, ticket, journal, bytes(reply.journal)) as upstream:
                     if upstream.status == 503:
                         raise aiohttp.ClientError("it answers 503")
+                    if reply.started and JOURNAL_HEADER not in upstream.headers:
+                        raise WorkerLost(f"worker {worker.id} cannot continue the answer: status {upstream.status}")
                     await self._pass_on(call, upstream, reply)
         except _UPSTREAM_ERRORS as error:
-            self._registry.lose(worker, _reason(error))
-            raise WorkerLost(f"worker {worker.id} failed: {_reason(error)}") from error
+            why = self._lose(worker, error)
+            if not reply.done:
+                raise WorkerLost(f"worker {worker.id} failed: {why}") from error
+            await reply.end_stream(b"")
 
     async def _pass_on(self, call: Call, upstream: aiohttp.ClientResponse, reply: Reply) -> None:
         """An event stream goes on piece by piece; anything else once whole, so that a broken one can be retried."""
@@ -172,25 +194,39 @@ class Relay:
             self._stamp(call, "first_byte")
             await reply.whole(upstream.status, headers, body)
             return
+        cutter = Frames() if JOURNAL_HEADER in upstream.headers else Events()
         async for piece in upstream.content.iter_any():
-            if not reply.started:
+            part = cutter.feed(piece)
+            if not reply.started and part.events:
                 self._stamp(call, "first_byte")
-            await reply.stream(upstream.status, headers, piece)
+            await reply.stream(upstream.status, headers, part)
+        rest = cutter.end()
         if not reply.started:
             raise aiohttp.ClientError("it answers with an empty stream")
-        await reply.end_stream()
+        await reply.end_stream(rest)
 
-    def _post(self, call: Call, worker: Worker, ticket: Ticket | None) -> "aiohttp.client._RequestContextManager":
+    def _post(
+        self, call: Call, worker: Worker, ticket: Ticket | None, journal: Journal | None = None, lines: bytes = b""
+    ) -> "aiohttp.client._RequestContextManager":
         headers = {**call.headers, **self._secret}
         if ticket:
             headers[TICKET_HEADER] = encode(ticket).decode()
+        if journal:
+            headers[JOURNAL_HEADER] = encode(journal).decode()
+        body = lines + call.body
         return self._session.post(
             worker.url + call.target,
-            data=call.body if len(call.body) < _LARGE else io.BytesIO(call.body),
+            data=body if len(body) < _LARGE else io.BytesIO(body),
             headers=headers,
             allow_redirects=False,
             timeout=_TIMEOUT,
         )
+
+    def _lose(self, worker: Worker, error: Exception) -> str:
+        """Why the worker is lost: if it was given up, the registry knows."""
+        why = worker.detail if worker.state == "lost" else str(error) or type(error).__name__
+        self._registry.lose(worker, why)
+        return why
 
     def _stamp(self, call: Call, event: str, **detail: str | int | float) -> None:
         self._lifecycle.stamp(call.id, event, **detail)
@@ -198,7 +234,3 @@ class Relay:
 
 def _relayed(upstream: aiohttp.ClientResponse) -> dict[str, str]:
     return {name: upstream.headers[name] for name in _RELAYED if name in upstream.headers}
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__

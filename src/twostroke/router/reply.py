@@ -1,15 +1,20 @@
 """The client's end of a relayed request: its body in, the answering worker's bytes out."""
 
 import secrets
+import time
+from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
-from twostroke.api.http import read_body
-from twostroke.messages import REQUEST_ID_HEADER
+from twostroke.api.http import DONE, read_body
+from twostroke.errors import Unavailable
+from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER
 
 _PASSED_ON = (b"content-type", b"content-encoding", b"accept", b"traceparent")
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+_DIGITS = 9  # of the size of a frame
+_UNAVAILABLE = b'"type":"%b"' % Unavailable.kind.encode()
 
 
 class Call(Struct, frozen=True):
@@ -20,6 +25,7 @@ class Call(Struct, frozen=True):
     id: str  # x-request-id
     handover: str  # of every ticket of this request; unlike ``id`` it is never used twice
     headers: dict[str, str]
+    created: int  # unix seconds
 
 
 async def read_call(scope: Scope, receive: Receive, max_body: int) -> Call:
@@ -38,40 +44,130 @@ async def read_call(scope: Scope, receive: Receive, max_body: int) -> Call:
         id=id_,
         handover=secrets.token_hex(16),
         headers={**passed, REQUEST_ID_HEADER: id_},
+        created=int(time.time()),
     )
 
 
+class Part(NamedTuple):
+    """Whole events of a stream, and the lines of the journal that they add."""
+
+    events: bytes
+    lines: bytes = b""
+
+
+class Cutter(Protocol):
+    """Cuts a stream where nothing is torn, however it arrives.
+
+    Holding the rest back costs nothing, since it is no event yet; and when the stream breaks, what follows (another
+    worker's events, or the error event that ``Boundary`` adds) stands by itself instead of in the middle of an event.
+    """
+
+    def feed(self, piece: bytes) -> Part:
+        """What is whole now.
+
+        Raises:
+            ConnectionError: this is no such stream.
+        """
+        ...
+
+    def end(self) -> bytes:
+        """What is left at the end of the stream.
+
+        Raises:
+            ConnectionError: the stream ends too early.
+        """
+        ...
+
+
+class Events:
+    """Cuts a stream of plain events, which can end anywhere."""
+
+    def __init__(self) -> None:
+        self._torn = b""
+
+    def feed(self, piece: bytes) -> Part:
+        if not self._torn and piece.endswith(_EVENT_ENDS):
+            return Part(piece)
+        piece = self._torn + piece
+        end = max(piece.rfind(mark) + len(mark) if mark in piece else 0 for mark in _EVENT_ENDS)
+        self._torn = piece[end:]
+        return Part(piece[:end])
+
+    def end(self) -> bytes:
+        return self._torn
+
+
+class Frames:
+    """Cuts a stream with a journal (``messages.Journal``) and takes the journal out.
+
+    Where a frame should begin, the error event of the worker's ``Boundary`` can stand, and is the last; unless it only
+    says that this worker goes away.
+    """
+
+    def __init__(self) -> None:
+        self._torn = b""
+        self._done = False
+
+    def feed(self, piece: bytes) -> Part:
+        buffer = self._torn + piece if self._torn else piece
+        start, events, lines = 0, b"", b""
+        while (head := buffer.find(b"\n", start) + 1) and buffer.startswith(b":", start):
+            size, _, line = buffer[start + 1 : head].partition(b" ")
+            if not size.isdigit() or len(size) > _DIGITS:
+                raise ConnectionError("its stream is broken")
+            end = head + int(size)
+            if end > len(buffer):
+                break
+            events += buffer[head:end]
+            lines += line if len(line) > 1 else b""
+            start = end
+        self._torn = buffer[start:]
+        if self._torn.startswith(b"data: ") and self._torn.endswith(DONE):
+            if _UNAVAILABLE in self._torn:
+                raise ConnectionError("it goes away")
+            events, self._torn = events + self._torn, b""
+        self._done = self._done or events.endswith(DONE)
+        return Part(events, lines)
+
+    def end(self) -> bytes:
+        if not self._done:
+            raise ConnectionError("the stream ended before the answer did")
+        return b""
+
+
 class Reply:
-    """The one reply to a request. ``started`` says whether the client has seen any of it."""
+    """The one reply to a request: ``started`` when the client has seen any of it, ``done`` when it has seen the end."""
 
     def __init__(self, send: Send) -> None:
         self.started = False
+        self.done = False
+        self.journal = bytearray()  # of what the client has seen, as far as the worker keeps one
         self._send = send
-        self._torn = b""  # the beginning of an event whose end has not arrived
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether the journal is enough for another worker to continue the stream that has begun."""
+        return 0 < len(self.journal) <= MAX_JOURNAL
 
     async def whole(self, status: int, headers: dict[str, str], body: bytes) -> None:
         """Send a reply that is complete already."""
         await self._start(status, {**headers, "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
-    async def stream(self, status: int, headers: dict[str, str], piece: bytes) -> None:
-        """Pass on the next bytes of an event stream, up to the end of the last whole event in them.
-
-        Holding the rest back costs nothing, since it is no event yet; and when the stream breaks, the error event that
-        ``Boundary`` adds stands by itself instead of in the middle of another.
-        """
+    async def stream(self, status: int, headers: dict[str, str], part: Part) -> None:
+        """Pass on the next events of a stream. Unless this is cancelled, the client has seen them."""
+        if not part.events:
+            return
         if not self.started:
             await self._start(status, headers)
-        if self._torn or not piece.endswith(_EVENT_ENDS):
-            piece = self._torn + piece
-            end = max(piece.rfind(mark) + len(mark) if mark in piece else 0 for mark in _EVENT_ENDS)
-            piece, self._torn = piece[:end], piece[end:]
-        if piece:
-            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self._send({"type": "http.response.body", "body": part.events, "more_body": True})
+        if len(self.journal) <= MAX_JOURNAL:
+            self.journal += part.lines
+        self.done = part.events.endswith(DONE)
 
-    async def end_stream(self) -> None:
+    async def end_stream(self, rest: bytes) -> None:
         """The event stream ended as it should."""
-        await self._send({"type": "http.response.body", "body": self._torn})
+        await self._send({"type": "http.response.body", "body": rest})
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         self.started = True

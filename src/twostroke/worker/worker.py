@@ -119,7 +119,7 @@ class Worker:
         outcome, outputs = "aborted", 0
         try:
             async for update in job.updates(self._config.queue_timeout):
-                self._observe(job, update, first=outputs == 0)
+                self._observe(job, update, first=not (outputs or request.output))
                 if isinstance(update, Output):
                     outputs += len(update.tokens)
                     outcome = "finished" if update.finish else outcome
