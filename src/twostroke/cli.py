@@ -100,6 +100,7 @@ def up(
     port: int = 8000,
     schedule: config.Schedule = "concurrent",
     policy: config.Policy = "least-loaded",
+    link: config.LinkChoice = "auto",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
 ) -> int:
@@ -116,7 +117,7 @@ def up(
     colocated
         Workers that do both. [default: 0]
     devices
-        Devices that the workers take in turn, such as cuda:0,cuda:1. [default: by --device]
+        Devices to take in turn: cuda:0,cuda:1. [default: by --device]
     host
         Address that the router listens on.
     port
@@ -125,8 +126,10 @@ def up(
         Ask both workers at once, or decode after prefill.
     policy
         How workers are chosen.
+    link
+        How KV blocks travel; auto is the best that both ends have.
     insecure
-        Listen beyond this machine without a cluster secret.
+        Listen beyond this machine without a secret.
     """
     from twostroke.up import run
 
@@ -135,7 +138,7 @@ def up(
     engine, places = options.config(), _devices(devices)
     if places and engine.device != "auto":
         raise StartupError("--devices is for each worker, --device for all: give one of them")
-    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, engine, places))
+    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, engine, places, link))
 
 
 @app.command
@@ -149,6 +152,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8100,
     max_queue: int = 1024,
+    link: config.LinkChoice = "auto",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -171,8 +175,10 @@ def serve(
         Port to listen on.
     max_queue
         Waiting requests beyond which new ones are refused (429).
+    link
+        How KV blocks travel; auto is the best that both ends have.
     insecure
-        Listen beyond this machine without a cluster secret.
+        Listen beyond this machine without a secret.
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
@@ -185,6 +191,7 @@ def serve(
         port=_port(port),
         engine=options.config(),
         max_queue=max_queue,
+        link=link,
     )
     from twostroke.worker.worker import run
 
@@ -223,7 +230,7 @@ def router(
     policy
         How workers are chosen.
     insecure
-        Listen beyond this machine without a cluster secret.
+        Listen beyond this machine without a secret.
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
