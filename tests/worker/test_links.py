@@ -60,7 +60,9 @@ class Ends:
         self.id = one.http_id
 
         async def produce() -> None:
-            async with aclosing(self.producer.produce(msgspec.structs.replace(one), "h/0", 0)) as updates:
+            first = msgspec.structs.replace(one.sampling, max_tokens=1)  # as a worker does
+            prefill = msgspec.structs.replace(one, sampling=first)
+            async with aclosing(self.producer.produce(prefill, "h/0", 0)) as updates:
                 async for _ in updates:
                     pass
 
