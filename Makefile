@@ -26,7 +26,7 @@ check: install  ## lint, format and types
 	@$(BIN)/mypy
 
 bench: install  ## run the benchmarks
-	@for name in engine handover router; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
+	@for name in engine handover router link; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build src/*.egg-info

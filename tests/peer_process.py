@@ -13,7 +13,10 @@ import msgspec
 import numpy as np
 
 from twostroke.kv.memory import Bytes, PoolMemory, SlotMemory
+from twostroke.links.link import Claim
 from twostroke.messages import PoolAddress, encode
+
+CLAIM = Claim("a hand-over", 0)
 
 
 def content(num_slots: int, block_bytes: int) -> Bytes:

@@ -163,7 +163,7 @@ def test_up_counts(monkeypatch: pytest.MonkeyPatch, arguments: list[str], counts
 def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "up m --host ::1 --port 9 --schedule serial --policy round-robin --insecure --dtype float32"
     flags += " --max-model-len 99 --kv-memory 2MiB --block-size 8 --chunk-size 64 --threads 3 --max-batch 5"
-    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu --on-loss error"
+    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu --on-loss error --link tcp"
     engine = EngineConfig(
         dtype="float32",
         load_format="dummy",
@@ -176,13 +176,18 @@ def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         threads=3,
     )
     assert taken(monkeypatch, "twostroke.up", flags.split()) == UpConfig(
-        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine, ("cuda:1", "cpu"), "error"
+        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine, ("cuda:1", "cpu"), "error", "tcp"
     )
 
 
 def test_serve_hands_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     config = taken(monkeypatch, "twostroke.worker.worker", ["serve", "--device", "cuda:1"])
     assert config == WorkerConfig(engine=EngineConfig(device="cuda:1"))
+
+
+def test_serve_hands_on_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = taken(monkeypatch, "twostroke.worker.worker", ["serve", "--link", "tcp"])
+    assert config == WorkerConfig(link="tcp")
 
 
 def test_no_flags_mean_the_configs_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

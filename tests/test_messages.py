@@ -3,11 +3,12 @@
 import msgspec
 import pytest
 
-from twostroke.messages import CudaMemory, MemoryFile, PoolAddress, encode
+from twostroke.messages import CudaMemory, MemoryFile, PoolAddress, TcpEndpoint, encode
 
 UUID = "1b2c3d4e-0000-1111-2222-0123456789ab"
 FILE = {"type": "file", "fd": 3}
 CUDA = {"type": "cuda", "device": UUID, "handle": "0f" * 64, "offset": 0}
+TCP = {"type": "tcp", "host": "10.0.0.1", "port": 9}
 
 
 def decode(memory: object) -> PoolAddress:
@@ -15,8 +16,8 @@ def decode(memory: object) -> PoolAddress:
     return msgspec.json.decode(encode(address), type=PoolAddress)
 
 
-@pytest.mark.parametrize("memory", [MemoryFile(3), CudaMemory(UUID, "0f" * 64, 2**40)])
-def test_an_address_survives_the_wire_and_can_be_a_key(memory: MemoryFile | CudaMemory) -> None:
+@pytest.mark.parametrize("memory", [MemoryFile(3), CudaMemory(UUID, "0f" * 64, 2**40), TcpEndpoint("::1", 9)])
+def test_an_address_survives_the_wire_and_can_be_a_key(memory: MemoryFile | CudaMemory | TcpEndpoint) -> None:
     address = PoolAddress("h", 1, "i", 2, 8, memory)
     assert msgspec.json.decode(encode(address), type=PoolAddress) == address
     assert {address: 1}[decode(msgspec.to_builtins(memory))] == 1
@@ -46,6 +47,10 @@ def test_an_address_survives_the_wire_and_can_be_a_key(memory: MemoryFile | Cuda
         CUDA | {"device": UUID * 2},
         CUDA | {"device": UUID + "\n"},
         CUDA | {"kind": "a memory file"},
+        TCP | {"port": 0},
+        TCP | {"port": 65536},
+        TCP | {"host": ""},
+        TCP | {"fd": 3},
     ],
 )
 def test_memory_that_is_not_as_it_should_be(memory: object) -> None:

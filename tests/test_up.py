@@ -101,7 +101,7 @@ EVERYTHING = EngineConfig(
 )
 
 
-@pytest.mark.parametrize("config", [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING)])
+@pytest.mark.parametrize("config", [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING, link="tcp")])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int) -> None:
     plans = up.plan_workers(config, 4, gpus, range(8100, 8110))
@@ -111,6 +111,7 @@ def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int
         assert bound.arguments["parent_pid"] == 1
     for plan in plans:
         _, bound, _ = app.parse_args(up.serve_arguments(plan, config), exit_on_error=False)
+        assert bound.arguments["link"] == config.link
         assert bound.arguments["options"].config() == msgspec.structs.replace(
             config.engine, device=plan.device, gpu_memory_utilization=plan.utilization, threads=plan.threads
         )

@@ -44,7 +44,7 @@ class EngineOptions:
     max_model_len: int | None = None
     "Longest prompt + answer, in tokens. [default: as much as fits]"
     gpu_memory_utilization: float = 0.9
-    "Share of a GPU's memory for weights, activations and KV cache; up divides it."
+    "Share of a GPU's memory that workers may take."
     kv_memory: str | None = None
     "Size of each worker's KV cache. [default: 1GiB; on a GPU what the utilization leaves]"
     block_size: int = 16
@@ -101,6 +101,7 @@ def up(
     schedule: config.Schedule = "concurrent",
     policy: config.Policy = "least-loaded",
     on_loss: config.OnLoss = "continue",
+    link: config.LinkChoice = "auto",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
 ) -> int:
@@ -117,7 +118,7 @@ def up(
     colocated
         Workers that do both. [default: 0]
     devices
-        Devices that the workers take in turn, such as cuda:0,cuda:1. [default: by --device]
+        Devices to take in turn: cuda:0,cuda:1. [default: by --device]
     host
         Address that the router listens on.
     port
@@ -127,7 +128,9 @@ def up(
     policy
         How workers are chosen.
     on_loss
-        When a worker dies in mid-answer: another one continues it, or not.
+        When a worker dies in mid-answer.
+    link
+        How KV blocks travel.
     insecure
         Listen beyond this machine without a secret.
     """
@@ -138,7 +141,10 @@ def up(
     engine, places = options.config(), _devices(devices)
     if places and engine.device != "auto":
         raise StartupError("--devices is for each worker, --device for all: give one of them")
-    return run(UpConfig(model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss))
+    settings = UpConfig(
+        model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss=on_loss, link=link
+    )
+    return run(settings)
 
 
 @app.command
@@ -152,6 +158,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8100,
     max_queue: int = 1024,
+    link: config.LinkChoice = "auto",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -174,6 +181,8 @@ def serve(
         Port to listen on.
     max_queue
         Waiting requests beyond which new ones are refused (429).
+    link
+        How KV blocks travel.
     insecure
         Listen beyond this machine without a secret.
     """
@@ -188,6 +197,7 @@ def serve(
         port=_port(port),
         engine=options.config(),
         max_queue=max_queue,
+        link=link,
     )
     from twostroke.worker.worker import run
 
@@ -227,7 +237,7 @@ def router(
     policy
         How workers are chosen.
     on_loss
-        When a worker dies in mid-answer: another one continues it, or not.
+        When a worker dies in mid-answer.
     insecure
         Listen beyond this machine without a secret.
     """

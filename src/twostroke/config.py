@@ -17,6 +17,7 @@ from twostroke.messages import Role
 Schedule = Literal["concurrent", "serial"]
 Policy = Literal["least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
+LinkChoice = Literal["auto", "shm", "cuda-ipc", "tcp"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
@@ -53,6 +54,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8100
     engine: EngineConfig = EngineConfig()
+    link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
     progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
@@ -92,6 +94,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineConfig = EngineConfig()  # of each worker; they share the cores, and the utilization of one GPU
     devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``
     on_loss: OnLoss = "continue"
+    link: LinkChoice = "auto"  # of each worker
 
 
 def check_pools(prefill: int, decode: int, colocated: int) -> None:

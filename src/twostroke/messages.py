@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
 Role = Literal["both", "prefill", "decode"]
@@ -122,6 +122,7 @@ class MemoryFile(Struct, frozen=True, tag="file", forbid_unknown_fields=True):
     """A pool in the memory file ``/proc/<pid>/fd/<fd>``, whose header is stamped with the owner's instance."""
 
     kind: ClassVar[str] = "a memory file"
+    link: ClassVar[str] = "shm"  # the name of the link that reads it
     fd: Count
 
 
@@ -129,26 +130,36 @@ class CudaMemory(Struct, frozen=True, tag="cuda", forbid_unknown_fields=True):
     """A pool in a CUDA allocation that its owner exports to other processes (CUDA IPC)."""
 
     kind: ClassVar[str] = "GPU memory"
+    link: ClassVar[str] = "cuda-ipc"
     device: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]  # the GPU's UUID
     handle: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}\Z")]  # the 64 bytes of its cudaIpcMemHandle_t
     offset: Annotated[int, Meta(ge=0, le=2**48)]  # bytes from the allocation's start to the first slot
 
 
-class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a worker's pool can be read on the same host."""
+class TcpEndpoint(Struct, frozen=True, tag="tcp", forbid_unknown_fields=True):
+    """A pool whose owner sends slots itself, to whoever knows the cluster secret and has a hand-over for them."""
 
-    host: Name  # the boot id of the machine; another machine cannot map the memory
+    kind: ClassVar[str] = "behind a TCP port"
+    link: ClassVar[str] = "tcp"
+    host: Name  # numeric address
+    port: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
+    """One way in which a worker's pool can be read."""
+
+    host: Name  # ``host_id`` of the machine; another machine cannot map the memory
     pid: Count  # of the process that owns it
     instance: Name  # of the worker: a pid can be reused
     num_slots: Count
     block_bytes: Count
-    memory: MemoryFile | CudaMemory
+    memory: MemoryFile | CudaMemory | TcpEndpoint
 
 
 class Opened(Struct, frozen=True, tag="opened", forbid_unknown_fields=True):
-    """P → D, first event: which pool to read from."""
+    """P → D, first event: every way in which P's pool can be read. D takes the best that it has too."""
 
-    pool: PoolAddress
+    pools: Annotated[tuple[PoolAddress, ...], Meta(min_length=1, max_length=8)]
 
 
 class Published(Struct, frozen=True, tag="published", forbid_unknown_fields=True):
@@ -242,7 +253,7 @@ class WorkerInfo(Struct, frozen=True):
     detail: str  # what it is doing while it starts
     model: str
     fingerprint: str  # of the layout; empty while starting
-    link: str  # the best link this worker offers
+    link: str  # the links that this worker offers, best first: "shm, tcp"
     slots: Slots
     running: int  # requests that compute
     waiting: int  # requests that wait for slots or a turn

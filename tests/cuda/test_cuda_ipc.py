@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.peer_process import content, peer_process
+from tests.peer_process import CLAIM, content, peer_process
 from twostroke.errors import HandoverFailed, MemoryTooSmall
 from twostroke.messages import CudaMemory, MemoryFile, PoolAddress
 
@@ -118,14 +118,14 @@ def test_what_torch_keeps_in_store_is_free_for_a_pool() -> None:
 
 async def test_bytes_arrive_pairwise(setup: Setup) -> None:
     remote, local = [7, 0, 3, 4, 5], [1, 5, 2, 3, 4]
-    await setup.link.read(setup.address, remote, local)
+    await setup.link.read(setup.address, remote, local, CLAIM)
     expected = np.zeros((SLOTS, BYTES), np.uint8)
     expected[local] = content(PEER_SLOTS, BYTES)[remote]
     assert (setup.bytes == expected).all()
 
 
 async def test_several_reads_at_once(setup: Setup) -> None:
-    await asyncio.gather(*(setup.link.read(setup.address, [slot], [slot]) for slot in range(SLOTS)))
+    await asyncio.gather(*(setup.link.read(setup.address, [slot], [slot], CLAIM) for slot in range(SLOTS)))
     assert (setup.bytes == content(PEER_SLOTS, BYTES)[:SLOTS]).all()
 
 
@@ -136,7 +136,7 @@ async def test_many_large_slots() -> None:
     torch.cuda.synchronize()
     link = CudaIpcLink(own)
     with peer_process(slots, size, gpu=0) as (_, address):
-        await link.read(address, order.tolist(), list(range(slots)))
+        await link.read(address, order.tolist(), list(range(slots)), CLAIM)
         assert (own.cpu().numpy() == content(slots, size)[order]).all()
         link.close()
 
@@ -148,7 +148,7 @@ async def test_across_gpus(ours: int, theirs: int) -> None:
     torch.cuda.synchronize(ours)
     link = CudaIpcLink(own)
     with peer_process(PEER_SLOTS, BYTES, gpu=theirs) as (_, address):
-        await link.read(address, [7, 0, 1], [1, 4, 5])
+        await link.read(address, [7, 0, 1], [1, 4, 5], CLAIM)
         assert (own.cpu().numpy()[[1, 4, 5]] == content(PEER_SLOTS, BYTES)[[7, 0, 1]]).all()
         link.close()
 
@@ -156,19 +156,19 @@ async def test_across_gpus(ours: int, theirs: int) -> None:
 @pytest.mark.parametrize("remote", [[PEER_SLOTS], [0, PEER_SLOTS], [2**31 - 1], [-1]])
 async def test_slots_outside_the_peers_pool(setup: Setup, remote: list[int]) -> None:
     with pytest.raises(HandoverFailed, match="outside"):
-        await setup.link.read(setup.address, remote, list(range(len(remote))))
+        await setup.link.read(setup.address, remote, list(range(len(remote))), CLAIM)
     assert not setup.bytes.any()
 
 
 @pytest.mark.parametrize("fields", [{"num_slots": 2**20}, {"memory": "beyond"}])
 async def test_a_peer_that_overstates_its_pool(setup: Setup, fields: dict[str, object]) -> None:
     """To read beyond what is mapped would break our own context."""
-    await setup.link.read(setup.address, [0], [0])
+    await setup.link.read(setup.address, [0], [0], CLAIM)
     if "memory" in fields:
         fields = {"memory": msgspec.structs.replace(setup.address.memory, offset=1 << 40)}
     with pytest.raises(HandoverFailed, match="smaller"):
-        await setup.link.read(setup.changed(**fields), [1], [1])
-    await setup.link.read(setup.address, [2], [2])
+        await setup.link.read(setup.changed(**fields), [1], [1], CLAIM)
+    await setup.link.read(setup.address, [2], [2], CLAIM)
     expected = content(PEER_SLOTS, BYTES)[:SLOTS]
     expected[[1, 3, 4, 5]] = 0
     assert (setup.bytes == expected).all()
@@ -184,28 +184,28 @@ async def test_what_is_refused(setup: Setup) -> None:
     }
     for why, address in refused.items():
         with pytest.raises(HandoverFailed, match=why):
-            await setup.link.read(address, [0], [0])
+            await setup.link.read(address, [0], [0], CLAIM)
     assert not setup.bytes.any()
-    await setup.link.read(setup.address, [0], [0])
+    await setup.link.read(setup.address, [0], [0], CLAIM)
     assert setup.bytes[0].any()
 
 
 async def test_our_own_pool_is_refused(setup: Setup) -> None:
     pool = CudaPool(2, BYTES, "me", GPU)
     with pytest.raises(HandoverFailed, match="own"):
-        await setup.link.read(pool.address, [0], [0])
+        await setup.link.read(pool.address, [0], [0], CLAIM)
     pool.close()
 
 
 async def test_a_peer_killed_after_a_read_takes_nothing_down(setup: Setup) -> None:
     with peer_process(PEER_SLOTS, BYTES, "gone", gpu=0) as (process, address):
-        await setup.link.read(address, [0], [0])
+        await setup.link.read(address, [0], [0], CLAIM)
         process.kill()
         process.wait()
     with pytest.raises(HandoverFailed, match="process is gone"):
-        await setup.link.read(address, [1], [1])
+        await setup.link.read(address, [1], [1], CLAIM)
     assert not setup.bytes[1].any()
-    await setup.link.read(setup.address, [2], [2])
+    await setup.link.read(setup.address, [2], [2], CLAIM)
     assert (setup.bytes[2] == content(PEER_SLOTS, BYTES)[2]).all()
 
 
@@ -229,7 +229,7 @@ async def test_memory_of_a_killed_peer_is_free_again_without_another_read() -> N
     link = CudaIpcLink(own)
     before = free()
     with peer_process(16, LARGE, "gone", gpu=0) as (process, address):
-        await link.read(address, [0], [0])
+        await link.read(address, [0], [0], CLAIM)
         assert free() <= before - 16 * LARGE
         process.kill()
         process.wait()
@@ -242,7 +242,7 @@ async def test_close_lets_go_of_peers() -> None:
     before = free()
     link = CudaIpcLink(own)
     with peer_process(16, LARGE, "gone", gpu=0) as (process, address):
-        await link.read(address, [0], [0])
+        await link.read(address, [0], [0], CLAIM)
         link.close()
         process.kill()
         process.wait()

@@ -83,6 +83,22 @@ async def test_other_settings(
         assert await handed_over(system) > 0
 
 
+async def test_over_tcp(tmp_path: Path, reference: Reference) -> None:
+    """Forced; the other links are neither offered nor used."""
+    prompts = reference.prompts()[13:20:2]
+    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--chunk-size", "192", "--link", "tcp"]) as system:
+        await check(system, system.url, reference, prompts)
+        assert await handed_over(system) >= sum(map(len, prompts)) // 16 * 0.9
+        async with client() as session:
+            assert {(await system.info(session, name))["link"] for name in ROLES} == {"tcp"}
+            body = {"prompt": list(reference.prompts()[-1][:100]), "max_tokens": 2}
+            await post(session, f"{system.url}/v1/completions", body, x_request_id="tcp-1")
+            async with session.get(f"{system.url}/debug/requests/tcp-1") as reply:
+                events = {event["event"]: event["detail"] for event in (await reply.json())["events"]}
+            assert events["attached"] == {"link": "tcp"}
+            assert "kv_complete" in events
+
+
 async def test_preemption(tmp_path: Path, reference: Reference) -> None:
     """A pool that holds a fraction of the load: decodes are preempted and recomputed, and nobody is stuck."""
     prompts = [prompt for prompt in reference.prompts() if len(prompt) < 400]

@@ -179,7 +179,7 @@ async def test_looking_glasses(system: System, reference: Reference) -> None:
             "decode-0": "decode",
         }
         assert all(
-            worker["state"] == "ready" and worker["pid"] and worker["link"] == "shm" for worker in workers.values()
+            worker["state"] == "ready" and worker["pid"] and worker["link"] == "shm, tcp" for worker in workers.values()
         )
         for url in (system.url, *(worker.url for worker in system.workers.values())):
             for path in ("/health", "/ready", "/v1/models"):

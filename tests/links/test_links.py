@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.peer_process import content, peer_process
+from tests.peer_process import CLAIM, content, peer_process
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes, PoolMemory
 from twostroke.links import copying
@@ -53,7 +53,7 @@ def setup(request: pytest.FixtureRequest, peer: PoolAddress) -> Iterator[Setup]:
 
 
 async def test_bytes_arrive_pairwise(setup: Setup) -> None:
-    await setup.link.read(setup.address, [7, 0, 3], [1, 5, 0])
+    await setup.link.read(setup.address, [7, 0, 3], [1, 5, 0], CLAIM)
     theirs = content(PEER_SLOTS, BYTES)
     expected = np.zeros_like(setup.own)
     expected[[1, 5, 0]] = theirs[[7, 0, 3]]
@@ -66,46 +66,46 @@ def test_any_slots_in_any_order(setup: Setup, data: st.DataObject) -> None:
     local = data.draw(st.lists(st.integers(0, SLOTS - 1), unique=True, min_size=1))
     remote = data.draw(st.lists(st.integers(0, PEER_SLOTS - 1), min_size=len(local), max_size=len(local)))
     setup.own[:] = 9
-    asyncio.run(setup.link.read(setup.address, remote, local))
+    asyncio.run(setup.link.read(setup.address, remote, local, CLAIM))
     expected = np.full_like(setup.own, 9)
     expected[local] = content(PEER_SLOTS, BYTES)[remote]
     assert (setup.own == expected).all()
 
 
 async def test_several_reads_at_once(setup: Setup) -> None:
-    await asyncio.gather(*(setup.link.read(setup.address, [slot], [slot]) for slot in range(SLOTS)))
+    await asyncio.gather(*(setup.link.read(setup.address, [slot], [slot], CLAIM) for slot in range(SLOTS)))
     assert (setup.own == content(PEER_SLOTS, BYTES)[:SLOTS]).all()
 
 
 @pytest.mark.parametrize("remote", [[PEER_SLOTS], [0, PEER_SLOTS], [2**31 - 1], [-1]])
 async def test_slots_outside_the_peers_pool(setup: Setup, remote: list[int]) -> None:
     with pytest.raises(HandoverFailed):
-        await setup.link.read(setup.address, remote, list(range(len(remote))))
+        await setup.link.read(setup.address, remote, list(range(len(remote))), CLAIM)
     assert not setup.own.any()
 
 
 async def test_a_peer_that_overstates_its_pool(setup: Setup) -> None:
     """First seen with its true size, then with a larger one: what is mapped is what counts."""
-    await setup.link.read(setup.address, [0], [0])
+    await setup.link.read(setup.address, [0], [0], CLAIM)
     with pytest.raises(HandoverFailed):
-        await setup.link.read(setup.changed(num_slots=PEER_SLOTS + 5), [PEER_SLOTS + 1], [1])
+        await setup.link.read(setup.changed(num_slots=PEER_SLOTS + 5), [PEER_SLOTS + 1], [1], CLAIM)
     assert not setup.own[1].any()
 
 
 async def test_slots_of_another_size(setup: Setup) -> None:
     with pytest.raises(HandoverFailed, match="bytes"):
-        await setup.link.read(setup.changed(block_bytes=BYTES - 1), [0], [0])
+        await setup.link.read(setup.changed(block_bytes=BYTES - 1), [0], [0], CLAIM)
 
 
 async def test_another_instance(setup: Setup) -> None:
     with pytest.raises(HandoverFailed):
-        await setup.link.read(setup.changed(instance="stranger"), [0], [0])
-    await setup.link.read(setup.address, [0], [0])
+        await setup.link.read(setup.changed(instance="stranger"), [0], [0], CLAIM)
+    await setup.link.read(setup.address, [0], [0], CLAIM)
     assert setup.own[0].any()
 
 
 async def test_reading_nothing(setup: Setup) -> None:
-    await setup.link.read(setup.address, [], [])
+    await setup.link.read(setup.address, [], [], CLAIM)
     assert not setup.own.any()
 
 
@@ -135,7 +135,7 @@ async def test_a_peer_that_is_gone() -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     with pytest.raises(HandoverFailed, match="process is gone"):
-        await link.read(address, [0], [0])
+        await link.read(address, [0], [0], CLAIM)
     link.close()
 
 
@@ -143,11 +143,11 @@ async def test_a_peer_that_is_gone_after_a_read() -> None:
     own = np.zeros((2, BYTES), np.uint8)
     link = SharedMemoryLink(own)
     with peer_process(2, BYTES, "gone") as (process, address):
-        await link.read(address, [0], [0])
+        await link.read(address, [0], [0], CLAIM)
         process.send_signal(signal.SIGKILL)
         process.wait()
     with pytest.raises(HandoverFailed, match="process is gone"):
-        await link.read(address, [1], [1])
+        await link.read(address, [1], [1], CLAIM)
     assert not own[1].any()
     link.close()
 
@@ -156,14 +156,14 @@ async def test_a_peer_whose_pool_is_gpu_memory(peer: PoolAddress) -> None:
     link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
     gpu = CudaMemory(device="GPU", handle="00" * 64, offset=0)
     with pytest.raises(HandoverFailed, match="is GPU memory, ours a memory file"):
-        await link.read(msgspec.structs.replace(peer, memory=gpu), [0], [0])
+        await link.read(msgspec.structs.replace(peer, memory=gpu), [0], [0], CLAIM)
     link.close()
 
 
 async def test_another_machine(peer: PoolAddress) -> None:
     link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
     with pytest.raises(HandoverFailed, match="another machine"):
-        await link.read(msgspec.structs.replace(peer, host="elsewhere"), [0], [0])
+        await link.read(msgspec.structs.replace(peer, host="elsewhere"), [0], [0], CLAIM)
     link.close()
 
 
@@ -171,7 +171,7 @@ async def test_close_lets_go_of_files_memory_and_threads(peer: PoolAddress) -> N
     maps, files, threads = mapped(), len(os.listdir("/proc/self/fd")), threading.active_count()
     link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
     for _ in range(3):
-        await link.read(peer, [1], [0])
+        await link.read(peer, [1], [0], CLAIM)
     assert mapped() == maps + 1  # once, however often it is read
     assert len(os.listdir("/proc/self/fd")) == files + 1  # Python's mmap keeps a file of its own
     link.close()
@@ -184,7 +184,7 @@ async def test_a_peer_that_is_gone_is_let_go_without_another_read(monkeypatch: p
     maps = mapped()
     link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
     with peer_process(2, BYTES, "gone") as (process, address):
-        await link.read(address, [0], [0])
+        await link.read(address, [0], [0], CLAIM)
         await asyncio.sleep(0.1)
         assert mapped() == maps + 1
         process.kill()
@@ -201,7 +201,7 @@ async def test_pools_of_peers_that_are_gone_are_let_go_when_another_comes() -> N
     link = SharedMemoryLink(np.zeros((1, BYTES), np.uint8))
     for number in range(3):
         with peer_process(2, BYTES, f"life-{number}") as (process, address):
-            await link.read(address, [0], [0])
+            await link.read(address, [0], [0], CLAIM)
             assert mapped() <= maps + 1
         process.wait()
     link.close()
@@ -224,7 +224,7 @@ async def test_after_cancellation_nothing_writes(
         copyto(target, source)
 
     monkeypatch.setattr(np, "copyto", slowly)
-    read = asyncio.create_task(link.read(peer, [0, 1, 2], [0, 1, 2]))
+    read = asyncio.create_task(link.read(peer, [0, 1, 2], [0, 1, 2], CLAIM))
     await asyncio.to_thread(begun.wait, 10)
     for _ in range(cancels):
         read.cancel()
@@ -241,7 +241,7 @@ async def test_after_cancellation_nothing_writes(
 async def test_cancelled_before_it_began(peer: PoolAddress) -> None:
     own = np.zeros((SLOTS, BYTES), np.uint8)
     link = SharedMemoryLink(own)
-    read = asyncio.create_task(link.read(peer, [0], [0]))
+    read = asyncio.create_task(link.read(peer, [0], [0], CLAIM))
     read.cancel()
     with pytest.raises(asyncio.CancelledError):
         await read
@@ -256,7 +256,7 @@ async def test_our_own_pool_can_be_a_peer() -> None:
     memory.slots[2] = 5
     own = np.zeros((1, 16), np.uint8)
     link = SharedMemoryLink(own)
-    await link.read(memory.address, [2], [0])
+    await link.read(memory.address, [2], [0], CLAIM)
     assert (own == 5).all()
     link.close()
     memory.close()

@@ -130,11 +130,13 @@ async def test_decode_goes_on_without_a_ticket_and_prefill_is_the_last_resort() 
         p, first, second = running.workers
         first.answer = journaled(*FRAMES[:1], then="break")
         second.answer = journaled(*FRAMES[1:3], then="break")
-        p.answer = json_answer()  # as a producer
-        asking = asyncio.create_task(ask(running))
-        await until(lambda: bool(second.seen))
-        p.answer = continuing
-        assert await asking == WHOLE
+
+        async def as_asked(worker: ScriptedWorker, send: Send) -> None:
+            produces = worker.seen[-1].ticket is not None
+            await (json_answer() if produces else continuing)(worker, send)
+
+        p.answer = as_asked
+        assert await ask(running) == WHOLE
         assert JOURNAL_HEADER in first.seen[0].headers
         assert JOURNAL_HEADER not in p.seen[0].headers  # it answers nobody
         assert [len(parts(worker.seen[-1])[0]) for worker in (first, second, p)] == [0, 1, 3]

@@ -66,7 +66,7 @@ class Producer:
         self.rig = rig
         self.slots = list(lease.slots)
         self.first = first
-        self.opened = Opened(rig.memory.address)
+        self.opened = Opened((rig.memory.address,))
         self.script: Sequence[Step] = []
         self.attached: list[Attach] = []
         self.confirms: list[Confirm] = []
@@ -165,7 +165,7 @@ class Stage:
             "h/0",
             0,
             engine=self.rig.engine,
-            link=self.link,
+            links=[self.link],
             peer=peer,
             patience=self.patience,
             lifecycle=self.lifecycle,
@@ -430,12 +430,12 @@ async def test_garbage(stage: Stage, kind: str, after: int) -> None:
 
 def broken(p: Producer) -> dict[str, list[Event]]:
     """Well-formed events that break the protocol."""
-    pool, first = p.opened.pool, p.first
+    (pool,), first = p.opened.pools, p.first
     a, b, c, sampled = p.published(0, 1), p.published(1, 2), p.published(2, 3), Sampled(p.first)
     replace = msgspec.structs.replace
 
     def opened(**fields: object) -> Opened:
-        return Opened(replace(pool, **fields))
+        return Opened((replace(pool, **fields),))
 
     def token(*tokens: Token) -> Sampled:
         return Sampled(replace(first, tokens=list(tokens)))

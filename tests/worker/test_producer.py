@@ -43,7 +43,7 @@ class Stage:
         self.rig = rig
         self.instance = rig.memory.address.instance
         self.producer = Producer(
-            rig.engine, rig.memory.address, lease_seconds=lease_seconds, attach_timeout=attach_timeout,
+            rig.engine, (rig.memory.address,), lease_seconds=lease_seconds, attach_timeout=attach_timeout,
             queue_timeout=60.0,
             heartbeat=heartbeat,
         )  # fmt: skip
@@ -58,7 +58,7 @@ class Stage:
 
     def attach(self, *, have: int = 0, attempt: int = 0, **fields: object) -> AsyncGenerator[Event, None]:
         message = Attach("h/0", attempt, self.rig.model.layout.fingerprint, have)
-        return self.producer.attach(msgspec.structs.replace(message, **fields))
+        return self.producer.attach(msgspec.structs.replace(message, **fields), "127.0.0.1")
 
     async def attached(self, *, have: int = 0, attempt: int = 0) -> list[Event]:
         """Take a whole stream of events."""
@@ -114,7 +114,7 @@ def first_token(directory: Path) -> int:
 
 def check_stream(stage: Stage, events: list[Event], first: int) -> None:
     """A stream that went well."""
-    assert events[0] == Opened(stage.rig.memory.address)
+    assert events[0] == Opened((stage.rig.memory.address,))
     assert events[-1] == Ended()
     assert len(set(blocks(events))) == 3
     (sampled,) = (event for event in events if isinstance(event, Sampled))
@@ -357,7 +357,7 @@ async def test_nobody_comes_for_the_blocks(llama: Path) -> None:
 async def test_the_request_does_not_come(llama: Path) -> None:
     async with staged(llama, attach_timeout=0.05) as stage:
         events = await asyncio.wait_for(stage.attached(), 5)
-        assert events == [Opened(stage.rig.memory.address), Ended("the producer gave up waiting for the request")]
+        assert events == [Opened((stage.rig.memory.address,)), Ended("the producer gave up waiting for the request")]
 
 
 async def test_a_consumer_that_takes_too_long_to_read_loses_its_lease(llama: Path) -> None:
@@ -507,7 +507,7 @@ async def test_many_hand_overs_at_once(llama: Path) -> None:
                     pass
 
             async def consume() -> None:
-                events = [event async for event in stage.producer.attach(attach)]
+                events = [event async for event in stage.producer.attach(attach, "127.0.0.1")]
                 count = len(blocks(events))
                 assert events[-1] == Ended()
                 assert stage.confirm(count, release=True, handover=handover)

@@ -25,8 +25,10 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def host_id() -> str:
-    """Names this machine's running kernel: memory files can only be shared among processes that agree on it."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Names this machine's running kernel and our pid namespace: only processes that agree on both find each other's
+    memory. Containers mostly do not.
+    """
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def started(pid: int) -> bytes | None:

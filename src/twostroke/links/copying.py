@@ -4,13 +4,12 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import host_id, started
 from twostroke.kv.pool import Slot
-from twostroke.links.link import check_read
+from twostroke.links.link import Claim, check_read, settled
 from twostroke.messages import PoolAddress
 
 SWEEP_SECONDS = 1.0
@@ -33,18 +32,15 @@ class CopyingLink(ABC, Generic[Mapped]):
         self._copies = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-link")  # one saturates the memory
         self._sweeper: asyncio.Task[None] | None = None
 
-    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+    def reaches(self, peer: PoolAddress) -> bool:
+        """See ``Link.reaches``."""
+        return peer.memory.link == self.name and peer.host == host_id()
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
         """See ``Link.read``."""
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
-        copy = asyncio.get_running_loop().run_in_executor(self._copies, self._read, peer, remote, local)
-        try:
-            await asyncio.shield(copy)
-        except asyncio.CancelledError:
-            while not copy.done():  # however often we are cancelled meanwhile
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([copy])
-            raise
+        await settled(asyncio.get_running_loop().run_in_executor(self._copies, self._read, peer, remote, local))
 
     def close(self) -> None:
         """See ``Link.close``."""

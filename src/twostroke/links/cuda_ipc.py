@@ -9,7 +9,7 @@ from twostroke.errors import HandoverFailed
 from twostroke.kv.cuda_memory import PeerPool, call, current, map_peer, releasing, unmap
 from twostroke.kv.pool import Slot
 from twostroke.links.copying import CopyingLink, runs
-from twostroke.messages import PoolAddress
+from twostroke.messages import CudaMemory, PoolAddress
 
 
 class CudaIpcLink(CopyingLink[PeerPool]):
@@ -19,7 +19,7 @@ class CudaIpcLink(CopyingLink[PeerPool]):
     kernels that write them, and whoever leases slots for those that still read them.
     """
 
-    name = "cuda-ipc"
+    name = CudaMemory.link
 
     def __init__(self, own: torch.Tensor) -> None:
         """``own``: our slots, ``uint8 [num_slots, block_bytes]``, contiguous on a GPU."""

@@ -1,12 +1,23 @@
 """What a link is: it moves whole slots from a live peer's pool into our own, and decides nothing."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol, TypeVar
 
 from twostroke.errors import HandoverFailed
-from twostroke.kv.memory import Bytes
+from twostroke.kv.memory import Bytes, host_id
 from twostroke.kv.pool import Slot
 from twostroke.messages import PoolAddress
+
+Result = TypeVar("Result")
+
+
+class Claim(NamedTuple):
+    """On whose behalf slots are read. A peer that sends them itself sends only what it exports to this hand-over."""
+
+    handover: str
+    attempt: int
 
 
 class Link(Protocol):
@@ -14,7 +25,11 @@ class Link(Protocol):
 
     name: str
 
-    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+    def reaches(self, peer: PoolAddress) -> bool:
+        """Whether this is the way to a pool at such an address. It may be out of reach all the same."""
+        ...
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
         """Copy the peer's slots ``remote`` into our slots ``local``, pairwise.
 
         What was read may be torn or stale: it counts only once the peer has confirmed its lease afterwards. Not
@@ -43,6 +58,35 @@ def check_read(block_bytes: int, peer: PoolAddress, remote: Sequence[Slot]) -> N
             raise HandoverFailed(f"slot {slot} is outside the peer's pool of {peer.num_slots}")
 
 
+def choose(links: Sequence[Link], offers: Sequence[PoolAddress]) -> tuple[Link, PoolAddress]:
+    """The first of our links, best first, that reaches a pool at one of the addresses that its owner offers.
+
+    Raises:
+        HandoverFailed: there is none.
+    """
+    for link in links:
+        for pool in offers:
+            if link.reaches(pool):
+                return link, pool
+    where = "this machine" if any(pool.host == host_id() for pool in offers) else "another machine"
+    raise HandoverFailed(
+        f"no link in common: the producer, on {where}, offers {', '.join(pool.memory.link for pool in offers)}; "
+        f"the consumer reads over {', '.join(link.name for link in links)}"
+    )
+
+
+async def settled(work: "asyncio.Future[Result]", stop: Callable[[], object] = lambda: None) -> Result:
+    """What other threads' work comes to. When we are cancelled, however often, it is told to stop and waited for."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stop()
+        while not work.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        raise
+
+
 class MemoryLink:
     """The twin for tests: peers are arrays of this process, by instance."""
 
@@ -52,7 +96,11 @@ class MemoryLink:
         self._own = own
         self._peers = peers
 
-    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+    def reaches(self, peer: PoolAddress) -> bool:
+        """See ``Link.reaches``."""
+        return peer.instance in self._peers
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
         """See ``Link.read``."""
         check_read(self._own.shape[1], peer, remote)
         slots = self._peers.get(peer.instance)

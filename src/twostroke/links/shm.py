@@ -7,13 +7,13 @@ import numpy as np
 from twostroke.kv.memory import Bytes, map_peer
 from twostroke.kv.pool import Slot
 from twostroke.links.copying import CopyingLink
-from twostroke.messages import PoolAddress
+from twostroke.messages import MemoryFile, PoolAddress
 
 
 class SharedMemoryLink(CopyingLink[Bytes]):
     """Reads pools of CPU workers on this machine that run as the same user."""
 
-    name = "shm"
+    name = MemoryFile.link
 
     def __init__(self, own: Bytes) -> None:
         """``own``: our slots, ``uint8 [num_slots, block_bytes]``."""

@@ -15,7 +15,7 @@ from twostroke.engine.engine import Admitted, Engine, Job
 from twostroke.errors import HandoverFailed
 from twostroke.handover.machine import CONSUMER, ConsumerAction, ConsumerEvent, ConsumerState, Machine
 from twostroke.kv.pool import Slot
-from twostroke.links.link import Link
+from twostroke.links.link import Claim, Link, choose
 from twostroke.messages import (
     SECRET_HEADER,
     Alive,
@@ -98,17 +98,22 @@ class Pull:
         attempt: int,
         *,
         engine: Engine,
-        link: Link,
+        links: Sequence[Link],
         peer: Peer,
         patience: float,
         lifecycle: Lifecycle,
     ) -> None:
-        """``patience``: seconds in which a producer that is alive must publish something new."""
+        """A pull that has not begun.
+
+        Args:
+            links: what this worker reads with, best first.
+            patience: seconds in which a producer that is alive must publish something new.
+        """
         self._job = job
         self._handover = handover
         self._attempt = attempt
         self._engine = engine
-        self._link = link
+        self._links = links
         self._peer = peer
         self._patience = patience
         self._lifecycle = lifecycle
@@ -120,7 +125,7 @@ class Pull:
         self._prompt = len(job.sequence.request.prompt)
         self._needed = layout.blocks(self._prompt)
         self._have = self._verified = admitted.computed // layout.block_tokens  # blocks
-        self._pool: PoolAddress | None = None
+        self._from: tuple[Link, PoolAddress] | None = None  # what the pool is read with, and where
         self._fresh: Published | None = None  # published and not yet read
         self._first: Output | None = None
         self._sampled_at = time.monotonic()
@@ -158,20 +163,20 @@ class Pull:
             if not isinstance(event, Alive):
                 deadline = time.monotonic() + self._patience
             match event:
-                case Opened(pool):
-                    self._check(self._pool is None, "opened twice")
-                    self._pool = pool
-                    self._stamp("attached", link=self._link.name)
+                case Opened(pools):
+                    self._check(self._from is None, "opened twice")
+                    self._from = choose(self._links, pools)
+                    self._stamp("attached", link=self._from[0].name)
                     await self._on(ConsumerEvent.OPENED)
                 case Published():
-                    self._check(self._pool is not None, "blocks before it opened")
+                    self._check(self._from is not None, "blocks before it opened")
                     self._check(event.first == self._verified, "blocks out of order")
                     self._check(event.first + len(event.slots) <= self._needed, "more blocks than the prompt has")
                     self._fresh = event
                     await self._on(ConsumerEvent.PUBLISHED)
                     await self._on(ConsumerEvent.VERIFIED)
                 case Sampled(output):
-                    self._check(self._pool is not None, "a token before it opened")
+                    self._check(self._from is not None, "a token before it opened")
                     self._check(self._first is None and len(output.tokens) == 1, "not one first token")
                     self._check(0 <= output.tokens[0].id < self._engine.model.vocab_size, "no token of the model")
                     await self._sampled(output)
@@ -222,22 +227,23 @@ class Pull:
     async def _read(self) -> None:
         """Copy what is published. It counts only because the producer confirms, afterwards, that its lease is alive."""
         assert self._fresh, "only published blocks are read"
-        assert self._pool, "a pool is known before blocks of it are published"
+        assert self._from, "a pool is known before blocks of it are published"
+        link, pool = self._from
         first, remote = self._fresh.first, self._fresh.slots
         end = first + len(remote)
         if remote:
-            await self._link.read(self._pool, remote, self._slots[first:end])
+            await link.read(pool, remote, self._slots[first:end], Claim(self._handover, self._attempt))
         last = end == self._needed and self._first is not None
-        alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._pool.instance, end, last))
+        alive = await self._peer.confirm(Confirm(self._handover, self._attempt, pool.instance, end, last))
         self._check(alive, "its lease had ended before the blocks were read")
         self._verified = end
         self._released = last
 
     async def _release(self) -> None:
         """Tell the producer that nothing more is needed. If that fails, its lease expires by itself."""
-        if self._released or self._pool is None:
+        if self._released or self._from is None:
             return
-        message = Confirm(self._handover, self._attempt, self._pool.instance, self._verified, release=True)
+        message = Confirm(self._handover, self._attempt, self._from[1].instance, self._verified, release=True)
         try:
             await self._peer.confirm(message)
         except HandoverFailed as error:

@@ -51,7 +51,7 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
 
     async def attach(scope: Scope, receive: Receive, send: Send) -> None:
         message = await _read(scope, receive, Attach)
-        await unless_gone(_stream(_producer(worker), message, send), receive)
+        await unless_gone(_stream(_producer(worker), message, scope["server"][0], send), receive)
 
     return [
         route("/internal/info", guarded(info), "GET"),
@@ -73,10 +73,10 @@ async def _read(scope: Scope, receive: Receive, type_: type[Message]) -> Message
         raise BadRequest(f"{type_.__name__}: {error}") from None
 
 
-async def _stream(producer: Producer, message: Attach, send: Send) -> None:
+async def _stream(producer: Producer, message: Attach, reached: str, send: Send) -> None:
     """One event a line. The status waits for the first event, so that a refusal has its own."""
     started = False
-    async with aclosing(producer.attach(message)) as events:
+    async with aclosing(producer.attach(message, reached)) as events:
         async for event in events:
             if not started:
                 started = True

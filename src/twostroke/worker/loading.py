@@ -1,4 +1,4 @@
-"""From a configuration to everything that a worker needs to serve: weights, pool, engine, link."""
+"""From a configuration to everything that a worker needs to serve: weights, pool, engine, links."""
 
 import logging
 import time
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from twostroke import models
+from twostroke.api.server import bind
 from twostroke.config import CPU_KV_MEMORY, TOKEN_BUDGET, EngineConfig, WorkerConfig
 from twostroke.engine.engine import Engine
 from twostroke.engine.model import Model
@@ -18,7 +19,9 @@ from twostroke.kv.memory import PoolMemory, SlotMemory
 from twostroke.kv.pool import Pool
 from twostroke.links.link import Link
 from twostroke.links.shm import SharedMemoryLink
-from twostroke.messages import ModelCard
+from twostroke.links.staging import staging
+from twostroke.links.tcp import TcpLink, TcpServer
+from twostroke.messages import CudaMemory, MemoryFile, ModelCard, PoolAddress, TcpEndpoint
 from twostroke.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -32,19 +35,33 @@ class Loaded:
     tokenizer: Tokenizer
     engine: Engine
     memory: SlotMemory
-    link: Link
+    links: tuple[Link, ...]  # what we read other workers' pools with, best first
+    server: TcpServer | None  # sends our slots over TCP; starts with the producer
+    offers: tuple[PoolAddress, ...]  # every way in which others may read our pool, best first
+
+    def close(self) -> None:
+        """Let go of pools, ours and others'. The engine has stopped."""
+        if self.server is not None:
+            self.server.close()
+        for link in self.links:
+            link.close()
+        self.memory.close()
 
 
-def load(config: WorkerConfig, instance: str, say: Callable[[str], None]) -> Loaded:
+def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], None]) -> Loaded:
     """Load the model and make its pool. Takes seconds; ``say`` is told what is being done.
+
+    ``secret``: the cluster's; only who knows it may read our pool over TCP.
 
     Raises:
         StartupError: the model, the memory or the settings do not allow it.
     """
     settings = config.engine
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if config.link not in ("auto", TcpEndpoint.link, _mapping_link(device)):
+        raise StartupError(f"--link {config.link} does not go with device {device}: use {_mapping_link(device)} or tcp")
     directory: Path = models.resolve(config.model, say, settings.load_format)
     say(f"loading {directory.name}")
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = Model(
         directory,
         dtype=settings.dtype,
@@ -64,7 +81,7 @@ def load(config: WorkerConfig, instance: str, say: Callable[[str], None]) -> Loa
         )
     context = _context(settings, model, num_slots)
     say(f"making a pool of {num_slots} slots, {num_slots * model.layout.block_bytes / 2**20:.0f} MiB")
-    memory, slots, link = _make_pool(model, num_slots, instance)
+    memory, slots, mapping = _make_pool(model, num_slots, instance)
     model.bind(slots, limits, say)
     card = ModelCard(
         name=config.served_name or models.default_name(config.model),
@@ -74,7 +91,22 @@ def load(config: WorkerConfig, instance: str, say: Callable[[str], None]) -> Loa
         created=int(time.time()),
     )
     engine = Engine(model, Pool(num_slots), max_batch=settings.max_batch, token_budget=token_budget)
-    return Loaded(card, tokenizer, engine, memory, link)
+    links: list[Link] = []
+    offers: list[PoolAddress] = []
+    if config.link != TcpEndpoint.link:
+        links.append(mapping)
+        offers.append(memory.address)
+    server: TcpServer | None = None
+    if config.link in ("auto", TcpEndpoint.link):
+        server = TcpServer(bind(config.host, 0), memory.address, staging(slots), secret)
+        links.append(TcpLink(memory.address, staging(slots), secret))
+        offers.append(server.address)
+    return Loaded(card, tokenizer, engine, memory, tuple(links), server, tuple(offers))
+
+
+def _mapping_link(device: str) -> str:
+    """The link between pools in such memory on one machine."""
+    return MemoryFile.link if device == "cpu" else CudaMemory.link
 
 
 def _pool_bytes(settings: EngineConfig, model: Model, limits: Limits, say: Callable[[str], None]) -> int:

@@ -4,9 +4,12 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 
+import msgspec
+
 from twostroke.engine.engine import Engine, Job, Update
 from twostroke.errors import Conflict, HandoverFailed, RequestError
 from twostroke.handover.machine import PRODUCER, Machine, ProducerAction, ProducerEvent, ProducerState
+from twostroke.kv.pool import Lease
 from twostroke.messages import (
     PROTOCOL,
     Alive,
@@ -21,6 +24,7 @@ from twostroke.messages import (
     Published,
     Request,
     Sampled,
+    TcpEndpoint,
 )
 
 _REMEMBERED = 4096  # hand-overs that are over, so that whoever comes late is told at once
@@ -116,15 +120,16 @@ class Producer:
     def __init__(
         self,
         engine: Engine,
-        pool: PoolAddress,
+        pools: tuple[PoolAddress, ...],
         *,
         lease_seconds: float,
         attach_timeout: float,
         queue_timeout: float,
         heartbeat: float,
     ) -> None:
+        """``pools``: every way in which our one pool can be read."""
         self._engine = engine
-        self._pool = pool
+        self._pools = pools
         self._lease_seconds = lease_seconds
         self._attach_timeout = attach_timeout
         self._queue_timeout = queue_timeout
@@ -171,8 +176,10 @@ class Producer:
         else:
             self._bury(handover, attempt, reason)
 
-    async def attach(self, message: Attach) -> AsyncGenerator[Event, None]:
+    async def attach(self, message: Attach, reached: str) -> AsyncGenerator[Event, None]:
         """Publish a hand-over to its consumer, from block ``message.have`` on, until it ends.
+
+        ``reached`` is the address of ours at which the consumer did reach us.
 
         Raises:
             Conflict: the consumer has another layout or protocol, is late, or is not the only one.
@@ -181,7 +188,7 @@ class Producer:
         export.on(ProducerEvent.ATTACH)
         complete = False
         try:
-            yield Opened(self._pool)
+            yield Opened(tuple(_at(pool, reached) for pool in self._pools))
             async for event in self._events(export, message.have):
                 yield event
             complete = True
@@ -196,7 +203,7 @@ class Producer:
         event = ProducerEvent.RELEASE if message.release else ProducerEvent.CONFIRM
         alive = (
             export is not None
-            and message.instance == self._pool.instance
+            and message.instance == self._pools[0].instance
             and message.attempt == export.attempt
             and message.blocks <= len(export.lease.slots)
             and export.accepts(event)
@@ -204,6 +211,11 @@ class Producer:
         if alive and export is not None:
             export.on(event)
         return Confirmed(alive)
+
+    def exported(self, handover: str, attempt: int) -> Lease | None:
+        """What a hand-over holds for its consumer; none if it is over. From any thread."""
+        export = self._exports.get(handover)
+        return export.lease if export is not None and export.attempt == attempt else None
 
     def close(self) -> None:
         """End every hand-over."""
@@ -276,3 +288,11 @@ class Producer:
         self._over[handover, attempt] = reason
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
+
+
+def _at(pool: PoolAddress, reached: str) -> PoolAddress:
+    """The address for a consumer that reached us at ``reached``: whoever listens on all addresses has no other name."""
+    memory = pool.memory
+    if isinstance(memory, TcpEndpoint) and memory.host in ("0.0.0.0", "::"):  # noqa: S104 - not a bind
+        return msgspec.structs.replace(pool, memory=msgspec.structs.replace(memory, host=reached))
+    return pool

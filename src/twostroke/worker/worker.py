@@ -58,19 +58,21 @@ class Worker:
         loop = asyncio.get_running_loop()
         # In a thread that ends: were it kept, its OpenMP threads would compete with the engine's at every operation.
         with ThreadPoolExecutor(1) as loader:
-            loaded = await loop.run_in_executor(loader, load, self._config, self._instance, self._say)
+            loaded = await loop.run_in_executor(loader, load, self._config, self._instance, self._secret, self._say)
         loaded.engine.start(loop, died.set)
         self._say("warming up")
         await _warm_up(loaded)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.producer = Producer(
             loaded.engine,
-            loaded.memory.address,
+            loaded.offers,
             lease_seconds=self._config.lease_seconds,
             attach_timeout=self._config.attach_timeout,
             queue_timeout=self._config.queue_timeout,
             heartbeat=self._config.handover_timeout / 4,
         )
+        if loaded.server is not None:
+            loaded.server.start(self.producer.exported)
         self._loaded, self._state = loaded, "ready"
         self._say("serving")
 
@@ -83,8 +85,7 @@ class Worker:
             await self._session.close()
         if self._loaded is not None:
             await asyncio.to_thread(self._loaded.engine.stop)
-            self._loaded.link.close()
-            self._loaded.memory.close()
+            self._loaded.close()
 
     def _say(self, detail: str) -> None:
         self._detail = detail
@@ -169,7 +170,7 @@ class Worker:
             detail=self._detail,
             model=loaded.card.name if loaded else "",
             fingerprint=loaded.engine.model.layout.fingerprint if loaded else "",
-            link=loaded.link.name if loaded else "",
+            link=", ".join(pool.memory.link for pool in loaded.offers) if loaded else "",
             slots=load.slots if load else _NO_SLOTS,
             running=load.running if load else 0,
             waiting=load.waiting if load else 0,
@@ -208,7 +209,7 @@ class Worker:
             f"{ticket.id}/{request.prompt_index}",
             ticket.attempt,
             engine=loaded.engine,
-            link=loaded.link,
+            links=loaded.links,
             peer=Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout),
             patience=self._config.progress_timeout,
             lifecycle=self.lifecycle,

@@ -1,0 +1,344 @@
+"""The TCP link: a worker sends slots of its pool to another, straight out of one memory and into the other.
+
+Both ends prove that they know the cluster secret, without sending it. That keeps strangers out; nothing is encrypted.
+Each block comes with its checksum: a damaged one is fetched again, once. Frames are in ``frames.py``.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from twostroke.errors import HandoverFailed
+from twostroke.kv.pool import Lease, Slot
+from twostroke.links.frames import (
+    BLOCK,
+    HEADER,
+    MAX_SLOTS,
+    NONCE,
+    Challenge,
+    Hello,
+    Kind,
+    Proof,
+    Read,
+    Refused,
+    block_head,
+    check_proof,
+    message,
+    parse_header,
+    parse_message,
+    prove,
+)
+from twostroke.links.link import Claim, check_read, settled
+from twostroke.links.staging import Staging
+from twostroke.links.wire import Wire
+from twostroke.messages import PoolAddress, TcpEndpoint
+
+SLOWEST = 32 << 20  # bytes a second: over a slower link it is faster to compute
+PATIENCE = 2.0  # seconds: to connect, to wait for an answer, and by which a transfer may fall behind ``SLOWEST``
+IDLE_SECONDS = 60.0  # the server closes a connection on which nothing was asked for so long, the client after half
+MAX_CONNECTIONS = 256  # of a server
+_READS = 8  # of a link at once
+
+log = logging.getLogger(__name__)
+Pairs = Sequence[tuple[Slot, Slot]]  # theirs, ours
+
+
+# -- the consumer's end ----------------------------------------------------------------------------------------------
+
+
+class TcpLink:
+    """Reads pools of workers that serve them with ``TcpServer``. Connections are kept for the next read."""
+
+    name = TcpEndpoint.link
+
+    def __init__(self, own: PoolAddress, staging: Callable[[], Staging], secret: str) -> None:
+        """``own``: our pool, which ``staging`` gives access to."""
+        self._own = own
+        self._staging = staging
+        self._secret = secret
+        self._idle: list[_Connection] = []
+        self._lock = threading.Lock()  # of the idle ones
+        self._threads = ThreadPoolExecutor(_READS, thread_name_prefix="tcp-link")
+
+    def reaches(self, peer: PoolAddress) -> bool:
+        """See ``Link.reaches``."""
+        return isinstance(peer.memory, TcpEndpoint)
+
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
+        """See ``Link.read``."""
+        check_read(self._own.block_bytes, peer, remote)
+        pairs = list(zip(remote, local, strict=True))
+        assert all(0 <= slot < self._own.num_slots for slot in local), "we write into our own slots"
+        if not pairs:
+            return
+        transfer = _Transfer()
+        work = self._threads.submit(self._read, peer, pairs, claim, transfer)
+
+        def stop() -> None:
+            work.cancel()  # if it has not begun
+            transfer.stop()
+
+        await settled(asyncio.wrap_future(work), stop)
+
+    def close(self) -> None:
+        """See ``Link.close``."""
+        self._threads.shutdown()
+        while self._idle:
+            self._idle.pop().wire.close()
+
+    def _read(self, peer: PoolAddress, pairs: Pairs, claim: Claim, transfer: "_Transfer") -> None:
+        connection: _Connection | None = None
+        try:
+            connection = self._reuse(peer) or self._connect(peer, transfer)
+            transfer.uses(connection.wire)
+            damaged = connection.fetch(pairs, claim, transfer)
+            if damaged:
+                log.warning("%d of %d blocks arrived damaged and are fetched again", len(damaged), len(pairs))
+                damaged = connection.fetch(damaged, claim, transfer)
+            if damaged:
+                raise HandoverFailed(f"the block in the peer's slot {damaged[0][0]} arrived damaged twice")
+            transfer.uses(None)
+        except BaseException as error:
+            if connection is not None:
+                connection.wire.close()
+            if isinstance(error, OSError):
+                raise HandoverFailed(f"the TCP link to the peer broke: {error}") from error
+            raise
+        connection.since = time.monotonic()
+        with self._lock:
+            self._idle.append(connection)
+
+    def _reuse(self, peer: PoolAddress) -> "_Connection | None":
+        """A connection to the peer that nobody uses. All that have become useless are closed."""
+        found: _Connection | None = None
+        oldest = time.monotonic() - IDLE_SECONDS / 2
+        with self._lock:
+            idle, self._idle = self._idle, []
+            for connection in idle:
+                if connection.since < oldest or not connection.wire.quiet:
+                    connection.wire.close()
+                elif found is None and connection.peer == peer:
+                    found = connection
+                else:
+                    self._idle.append(connection)
+        return found
+
+    def _connect(self, peer: PoolAddress, transfer: "_Transfer") -> "_Connection":
+        """Both ends prove that they know the secret.
+
+        Raises:
+            HandoverFailed: the peer does not know it, broke the protocol, or serves another pool.
+            OSError: it cannot be reached, or took too long.
+        """
+        deadline = time.monotonic() + PATIENCE
+        endpoint = peer.memory
+        if not isinstance(endpoint, TcpEndpoint):
+            raise HandoverFailed(f"the peer's pool is {endpoint.kind}: {self.name} cannot reach it")
+        family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+        raw = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        wire = Wire(raw)
+        try:
+            transfer.uses(wire)
+            wire.connect(endpoint.host, endpoint.port, PATIENCE)
+            hello = Hello(os.urandom(NONCE))
+            wire.send(message(hello), seconds=PATIENCE)
+            challenge = wire.message(Challenge, deadline)
+            if (challenge.instance, challenge.num_slots) != (peer.instance, peer.num_slots) or (
+                challenge.block_bytes != peer.block_bytes
+            ):
+                raise HandoverFailed("the peer's pool belongs to another instance, or is not what its address says")
+            wire.send(message(prove("client", self._secret, hello, challenge)), seconds=PATIENCE)
+            check_proof(wire.message(Proof, deadline), prove("server", self._secret, hello, challenge))
+            return _Connection(peer, wire, self._staging())
+        except BaseException:
+            wire.close()
+            raise
+
+
+class _Transfer:
+    """One read, which the event loop can stop while a thread carries it out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._wire: Wire | None = None
+
+    def uses(self, wire: Wire | None) -> None:
+        """This is the wire that it waits on from now on. ``HandoverFailed`` if it is stopped."""
+        with self._lock:
+            self._wire = wire
+        self.check()
+
+    def check(self) -> None:
+        """``HandoverFailed`` if it is stopped."""
+        if self._stopped:
+            raise HandoverFailed("the read was cancelled")
+
+    def stop(self) -> None:
+        """End it, as soon as can be."""
+        with self._lock:
+            self._stopped = True
+            if self._wire is not None:
+                self._wire.abort()
+
+
+@dataclass
+class _Connection:
+    """A connection whose other end has proved itself."""
+
+    peer: PoolAddress
+    wire: Wire
+    staging: Staging
+    serial: int = 0  # of the last ``Read``
+    behind: float = 0.0  # seconds later than over a link of ``SLOWEST``
+    since: float = 0.0  # idle since
+
+    def fetch(self, pairs: Pairs, claim: Claim, transfer: _Transfer) -> Pairs:
+        """Bring slots over; those that arrived damaged. Errors as for ``block``."""
+        damaged = []
+        for start in range(0, len(pairs), MAX_SLOTS):
+            batch = pairs[start : start + MAX_SLOTS]
+            self.serial += 1
+            request = Read(self.serial, claim.handover, claim.attempt, [theirs for theirs, _ in batch])
+            self.wire.send(message(request), seconds=PATIENCE)
+            header = self.wire.take(HEADER.size, time.monotonic() + PATIENCE)
+            for index, (theirs, ours) in enumerate(batch):
+                transfer.check()
+                if not self.block(header if index == 0 else None, theirs, ours):
+                    damaged.append((theirs, ours))
+        return damaged
+
+    def block(self, header: bytearray | None, theirs: Slot, ours: Slot) -> bool:
+        """Receive the next block; whether it is whole.
+
+        Raises:
+            HandoverFailed: the peer refuses it, broke the protocol, or is too slow.
+            OSError: the connection broke or went silent.
+        """
+        start = time.monotonic()
+        fair = self.peer.block_bytes / SLOWEST
+        deadline = start + PATIENCE - self.behind + fair
+        kind, size = parse_header(header or self.wire.take(HEADER.size, deadline), self.peer.block_bytes)
+        if kind is Kind.MESSAGE:
+            parse_message(self.wire.take(size, deadline), Read)  # a refusal raises
+            raise HandoverFailed("the peer sent a message instead of a block")
+        serial, slot, digest = BLOCK.unpack(self.wire.take(BLOCK.size, deadline))
+        if (serial, slot) != (self.serial, theirs):
+            raise HandoverFailed(f"the peer sent slot {slot} of request {serial}, not {theirs} of {self.serial}")
+        space = self.staging.space(ours)
+        self.wire.receive(space, deadline)
+        whole: bool = xxhash.xxh3_128_digest(space) == digest
+        if whole:
+            self.staging.store(ours)
+        self.behind = max(0.0, self.behind + time.monotonic() - start - fair)
+        if self.behind > PATIENCE:
+            raise HandoverFailed(f"the TCP link to the peer is slower than {SLOWEST >> 20} MiB/s")
+        return whole
+
+
+# -- the producer's end ----------------------------------------------------------------------------------------------
+
+
+class TcpServer:
+    """Sends slots of our pool to workers that know the secret and name a hand-over that exports them to it."""
+
+    def __init__(
+        self, listening: socket.socket, pool: PoolAddress, staging: Callable[[], Staging], secret: str
+    ) -> None:
+        """Takes the socket over. Whoever connects is answered after ``start``."""
+        host, port = listening.getsockname()[:2]
+        self.address = msgspec.structs.replace(pool, memory=TcpEndpoint(host, port))
+        self._listening = listening
+        self._staging = staging
+        self._secret = secret
+        self._exported: Callable[[str, int], Lease | None] = lambda _handover, _attempt: None
+        self._threads: dict[Wire, threading.Thread] = {}
+        self._accepting = threading.Thread(target=self._accept, name="tcp-server", daemon=True)
+        self._closed = False
+
+    def start(self, exported: Callable[[str, int], Lease | None]) -> None:
+        """Answer. ``exported``: what a hand-over, by id and attempt, may read now; called from any thread."""
+        self._exported = exported
+        self._accepting.start()
+
+    def close(self) -> None:
+        """End every connection. When this returns, nothing reads the pool any more."""
+        self._closed = True
+        if self._accepting.is_alive():
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes ``accept``
+            self._accepting.join()
+        self._listening.close()
+        for wire, thread in list(self._threads.items()):
+            wire.abort()
+            thread.join()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connected, _ = self._listening.accept()
+            except OSError as error:
+                if not self._closed:  # out of files, say: others may be closed soon
+                    log.warning("cannot take a connection of the TCP link: %s", error)
+                    time.sleep(0.1)
+                continue
+            if len(self._threads) >= MAX_CONNECTIONS:
+                connected.close()
+                continue
+            wire = Wire(connected)
+            self._threads[wire] = threading.Thread(target=self._serve, args=[wire], name="tcp-server", daemon=True)
+            self._threads[wire].start()
+
+    def _serve(self, wire: Wire) -> None:
+        try:
+            self._admit(wire)
+            staging, serial = self._staging(), 0
+            while True:
+                request = wire.message(Read, time.monotonic() + IDLE_SECONDS)
+                serial += 1
+                if request.serial != serial:
+                    raise HandoverFailed(f"request {request.serial} came instead of request {serial}")
+                self._answer(wire, staging, request)
+        except OSError as error:
+            log.debug("a connection of the TCP link ended: %s", error)
+        except HandoverFailed as error:
+            log.info("a reader of the TCP link was refused: %s", error)
+            _refuse(wire, error.message)
+        finally:
+            wire.close()
+            del self._threads[wire]
+
+    def _admit(self, wire: Wire) -> None:
+        deadline = time.monotonic() + PATIENCE
+        pool = self.address
+        hello = wire.message(Hello, deadline)
+        challenge = Challenge(os.urandom(NONCE), pool.instance, pool.num_slots, pool.block_bytes)
+        wire.send(message(challenge), seconds=PATIENCE)
+        check_proof(wire.message(Proof, deadline), prove("client", self._secret, hello, challenge))
+        wire.send(message(prove("server", self._secret, hello, challenge)), seconds=PATIENCE)
+
+    def _answer(self, wire: Wire, staging: Staging, request: Read) -> None:
+        lease = self._exported(request.handover, request.attempt)
+        held = set(lease.slots) if lease is not None else set()
+        for slot in request.slots:
+            if lease is None or not lease.alive or slot not in held:
+                name = f"attempt {request.attempt} of hand-over {request.handover}"
+                raise HandoverFailed(f"slot {slot} is not exported to {name}")
+            content = staging.load(slot)
+            seconds = PATIENCE + len(content) / SLOWEST
+            wire.send(block_head(request.serial, slot, content), content, seconds=seconds)
+
+
+def _refuse(wire: Wire, reason: str) -> None:
+    try:
+        wire.send(message(Refused(reason[:1024])), seconds=PATIENCE)
+    except OSError as error:
+        log.debug("a refusal was not heard: %s", error)
