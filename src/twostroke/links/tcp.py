@@ -340,5 +340,6 @@ class TcpServer:
 def _refuse(wire: Wire, reason: str) -> None:
     try:
         wire.send(message(Refused(reason[:1024])), seconds=PATIENCE)
+        wire.hang_up(PATIENCE)
     except OSError as error:
         log.debug("a refusal was not heard: %s", error)

@@ -86,6 +86,18 @@ class Wire:
             pass
         return False
 
+    def hang_up(self, seconds: float) -> None:
+        """Say nothing more, and wait for the peer to hang up: a socket that is closed with bytes unread takes back what
+        it said last.
+        """
+        deadline = time.monotonic() + seconds
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            while time.monotonic() < deadline:
+                with suppress(BlockingIOError):
+                    if not self._socket.recv(1 << 16):
+                        return
+
     def abort(self) -> None:
         """Have whoever waits on it fail at once."""
         with self._closing, suppress(OSError):
