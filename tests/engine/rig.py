@@ -84,7 +84,7 @@ def preemptions(rig: Rig) -> list[Sequence]:
 
 async def until(holds: Callable[[], bool]) -> None:
     """Wait, for a while, until something is so."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not holds():  # noqa: ASYNC110 - also what another thread changes
             await asyncio.sleep(0.002)
 
