@@ -22,11 +22,7 @@ _ZEROED = 256  # tokens; attention reads whole tiles, and not even with weight 0
 @cache
 def early() -> bool:
     """Whether a kernel may start before the one before it has ended, and wait inside (Hopper and later)."""
-    import os
-
-    return (
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 and os.environ.get("PDL", "1") == "1"
-    )
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 @triton.jit
