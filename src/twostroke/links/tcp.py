@@ -257,6 +257,7 @@ class TcpServer:
         """Takes the socket over. Whoever connects is answered after ``start``."""
         host, port = listening.getsockname()[:2]
         self.address = msgspec.structs.replace(pool, memory=TcpEndpoint(host, port))
+        listening.setblocking(True)  # ``accept`` waits, whoever made it for an event loop
         self._listening = listening
         self._staging = staging
         self._secret = secret
