@@ -164,9 +164,10 @@ def test_arrays_of_a_decode_step_lie_where_only_its_rows_decide() -> None:
     [
         ([0, 5, 63], 3, [1, 1, 1]),
         ([0, 64, 200], 7, [1, 2, 4]),
-        ([6400], 66, [51]),  # two tiles each: with one each there would be too many
+        ([64 * 16 - 1], 66, [8]),  # with one tile each, joining them would take longer than computing
+        ([64 * 128 - 1], 66, [32]),
         ([64000], 66, [63]),
-        ([64 * 31] * 2, 66, [32, 32]),
+        ([64 * 31] * 2, 66, [16, 16]),
         ([64 * 16 - 1] * 32, 66, [2] * 32),
         ([64 * 16 - 1] * 128, 66, [1] * 128),
         ([64 * 100, 10], 9, [8, 1]),

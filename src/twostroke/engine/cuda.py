@@ -112,11 +112,13 @@ class CudaRunner:
             self._cudnn = CudnnAttention(*shape, self._dtype, device)
         elif self._dtype != torch.float32:
             log.warning("prefill attention falls back to torch's: pip install nvidia-cudnn-frontend")
+        experts = getattr(network.config.get_text_config(), "num_experts_per_tok", 0) or 0
         self._following: Mapping[int, torch.Tensor] = {}
         if self._dtype == torch.bfloat16:
             self._following = use_products(network)
-            use_few_experts(network, getattr(network.config.get_text_config(), "num_experts_per_tok", 0) or 0)
-        inductor.triton.enable_pdl = early()
+            use_few_experts(network, experts)
+        # Its rule for when a kernel must wait overlooks what the one before it scatters, as grouped experts do.
+        inductor.triton.enable_pdl = early() and not experts
         for layer in network.base_model.layers:
             layer.compile(dynamic=True)
         network.base_model.norm.compile(dynamic=True)
