@@ -27,6 +27,7 @@ app = App(
 )
 
 Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+Hosts = Urls
 ParentPid = Annotated[int | None, Parameter(show=False)]
 
 
@@ -158,6 +159,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8100,
     max_queue: int = 1024,
+    bootstrap_hosts: Hosts = (),
     link: config.LinkChoice = "auto",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
@@ -181,6 +183,8 @@ def serve(
         Port to listen on.
     max_queue
         Waiting requests beyond which new ones are refused (429).
+    bootstrap_hosts
+        Prefill workers (host or host:port) that foreign routers may name.
     link
         How KV blocks travel.
     insecure
@@ -188,6 +192,7 @@ def serve(
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
+    config.check_hosts(bootstrap_hosts)
     settings = WorkerConfig(
         model=model,
         served_name=served_name,
@@ -197,6 +202,7 @@ def serve(
         port=_port(port),
         engine=options.config(),
         max_queue=max_queue,
+        bootstrap_hosts=bootstrap_hosts,
         link=link,
     )
     from twostroke.worker.worker import run

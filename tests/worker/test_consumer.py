@@ -18,6 +18,7 @@ from tests.engine.rig import Rig, ids, request, running, until
 from tests.tiny import VOCAB, generate
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Job, Update
+from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Lease
 from twostroke.links.shm import SharedMemoryLink
 from twostroke.messages import (
@@ -149,6 +150,7 @@ class Stage:
         self.session = session
         self.link = SharedMemoryLink(rig.memory.slots)
         self.patience = 60.0  # seconds
+        self.takes_first = True
         self.lifecycle = Lifecycle("consumer")
         self.updates: list[Update] = []
 
@@ -168,6 +170,7 @@ class Stage:
             links=[self.link],
             peer=peer,
             patience=self.patience,
+            takes_first=self.takes_first,
             lifecycle=self.lifecycle,
         )
         return job, asyncio.create_task(pull.run()), updates
@@ -211,7 +214,8 @@ async def stage(tiny_model: Callable[[str], Path]) -> AsyncIterator[Stage]:
 async def test_a_hand_over(stage: Stage) -> None:
     producer = stage.producer
     await stage.check(producer.usual(), complete=True)
-    assert producer.attached == [Attach("h/0", 0, stage.rig.model.layout.fingerprint, 0)]
+    fingerprint = stage.rig.model.layout.fingerprint
+    assert producer.attached == [Attach("h/0", 0, fingerprint, 0, prompt_key(fingerprint, "", PROMPT))]
     assert [(confirm.blocks, confirm.release) for confirm in producer.confirms] == [(2, False), (3, True)]
     assert {confirm.instance for confirm in producer.confirms} == {producer.rig.memory.address.instance}
     assert set(producer.headers) == {"s3cret"}
@@ -267,6 +271,19 @@ async def test_the_first_token_does_not_wait_for_the_blocks(stage: Stage) -> Non
     await pulling
     assert ids(outputs) == generate(stage.directory, PROMPT, COUNT)
     stage.rig.engine.abort(job)
+
+
+@pytest.mark.parametrize("order", ["token first", "blocks first"])
+async def test_a_first_token_that_is_not_ours_is_not_taken(stage: Stage, order: str) -> None:
+    """Every block is, and the engine computes the last prompt token again to sample after it."""
+    stage.takes_first = False
+    p = stage.producer
+    p.first = Output([Token((p.first.tokens[0].id + 1) % VOCAB)])
+    ends: list[Event] = (
+        [p.published(2, 3), Sampled(p.first)] if order == "blocks first" else [Sampled(p.first), p.published(2, 3)]
+    )
+    await stage.check([p.opened, p.published(0, 2), *ends, Ended()], complete=True)
+    assert [(confirm.blocks, confirm.release) for confirm in p.confirms] == [(2, False), (3, True)]
 
 
 async def test_a_first_token_that_is_the_last(stage: Stage) -> None:

@@ -30,8 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twostroke import config
 from twostroke.api import openai, sglang
-from twostroke.api.call import Call, Setting
-from twostroke.api.exchange import Exchange
+from twostroke.api.call import Call, Choice, Setting
+from twostroke.api.exchange import Exchange, at_once
+from twostroke.api.handover import add_transfer
 from twostroke.api.http import (
     DONE,
     ClientGone,
@@ -61,7 +62,9 @@ from twostroke.messages import (
     REQUEST_ID_HEADER,
     SECRET_HEADER,
     TICKET_HEADER,
+    ForeignTicket,
     Journal,
+    KvTransfer,
     Request,
     Sampling,
     Sent,
@@ -182,13 +185,6 @@ class Timeline(Struct, frozen=True):
     events: list[TimelineEvent]
 
 
-class Produced(Struct, frozen=True):
-    """Reply of the prefill end of a hand-over."""
-
-    handover: str
-    prompt_tokens: int
-
-
 class _Api:
     """The endpoints."""
 
@@ -208,6 +204,7 @@ class _Api:
             "/debug/requests/{id:path}": self._timeline,
             "/health_generate": self._health_generate,
             "/get_model_info": self._model_info,
+            "/model_info": self._model_info,
             "/get_server_info": self._server_info,
             "/server_info": self._server_info,
         }
@@ -233,9 +230,11 @@ class _Api:
             setting = self._setting(scope, journal.created if journal else int(time.time()))
             call = await self._translate(translate, body[size:], setting)
             sent = await _read_journal(body[:size]) if journal else None
+            if call.handover is not None and not size:
+                ticket = self._foreign(scope, call.handover, ticket)
             with self._registered(setting.http_id, call, ticket):
                 if ticket is not None and ticket.side == "produce":
-                    await unless_gone(self._produce(call, ticket, send), receive)
+                    await unless_gone(self._produce(call, ticket, scope, send), receive)
                 else:
                     exchange = Exchange(call, self._service, self._lifecycle, ticket, send, sent)
                     await unless_gone(exchange.run(), receive)
@@ -247,13 +246,23 @@ class _Api:
         text = header(scope, name)
         if text is None:
             return None
-        given = header(scope, SECRET_HEADER) or ""
-        if self._secret and not hmac.compare_digest(given.encode(), self._secret.encode()):
+        if self._secret and not self._insider(scope):
             raise Unauthorized(f"{name} needs the cluster secret in {SECRET_HEADER}")
         try:
             return msgspec.json.decode(text, type=type_)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"{name}: {error}", param=name) from None
+
+    def _insider(self, scope: Scope) -> bool:
+        """Whether the request carries the cluster secret."""
+        given = header(scope, SECRET_HEADER) or ""
+        return bool(self._secret) and hmac.compare_digest(given.encode(), self._secret.encode())
+
+    def _foreign(self, scope: Scope, word: ForeignTicket, ticket: Ticket | None) -> Ticket:
+        """The ticket that another router wrote into the body."""
+        if ticket is not None:
+            raise BadRequest(f"one hand-over by {TICKET_HEADER} and another one in the body: one router too many")
+        return self._service.ticket(word, insider=self._insider(scope))
 
     def _setting(self, scope: Scope, now: int) -> Setting:
         card = self._service.card()
@@ -275,9 +284,15 @@ class _Api:
         finally:
             del self._live[key]
 
-    async def _produce(self, call: Call, ticket: Ticket, send: Send) -> None:
-        count = await self._service.produce([job.request for job in call.jobs], ticket)
-        await reply(send, encode(Produced(ticket.id, count)))
+    async def _produce(self, call: Call, ticket: Ticket, scope: Scope, send: Send) -> None:
+        """The producer's reply: a first token for each prompt, and what vLLM's router shall tell the consumer."""
+        card, tokenizer = self._service.card(), self._service.tokenizer
+        choices = [Choice(job, card, tokenizer) for job in call.jobs if job.request.choice == 0]
+        outputs = await self._service.produce([choice.job.request for choice in choices], ticket)
+        answer, headers = at_once(call, choices, outputs)
+        if isinstance(call.handover, KvTransfer):
+            answer = add_transfer(answer, self._service.transfer(ticket, *scope["server"][:2]))
+        await reply(send, answer, headers=headers)
 
     async def _abort(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over."""

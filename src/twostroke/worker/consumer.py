@@ -14,6 +14,7 @@ from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job
 from twostroke.errors import HandoverFailed
 from twostroke.handover.machine import CONSUMER, ConsumerAction, ConsumerEvent, ConsumerState, Machine
+from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Slot
 from twostroke.links.link import Claim, Link, choose
 from twostroke.messages import (
@@ -101,6 +102,7 @@ class Pull:
         links: Sequence[Link],
         peer: Peer,
         patience: float,
+        takes_first: bool = True,
         lifecycle: Lifecycle,
     ) -> None:
         """A pull that has not begun.
@@ -108,6 +110,7 @@ class Pull:
         Args:
             links: what this worker reads with, best first.
             patience: seconds in which a producer that is alive must publish something new.
+            takes_first: the producer's first token is ours; else the engine samples it once every block is here.
         """
         self._job = job
         self._handover = handover
@@ -116,6 +119,7 @@ class Pull:
         self._links = links
         self._peer = peer
         self._patience = patience
+        self._takes_first = takes_first
         self._lifecycle = lifecycle
         self._machine = Machine(CONSUMER, ConsumerState.ATTACHING)
         layout = engine.model.layout
@@ -149,7 +153,9 @@ class Pull:
             raise
 
     async def _pull(self) -> None:
-        message = Attach(self._handover, self._attempt, self._fingerprint, self._have)
+        request = self._job.sequence.request
+        prompt = prompt_key(self._fingerprint, request.salt, request.prompt)
+        message = Attach(self._handover, self._attempt, self._fingerprint, self._have, prompt)
         async with contextlib.aclosing(self._peer.attach(message)) as events:
             await self._follow(events)
         self._check(self._done, "it ended too early")
@@ -179,7 +185,8 @@ class Pull:
                     self._check(self._from is not None, "a token before it opened")
                     self._check(self._first is None and len(output.tokens) == 1, "not one first token")
                     self._check(0 <= output.tokens[0].id < self._engine.model.vocab_size, "no token of the model")
-                    await self._sampled(output)
+                    if self._takes_first:
+                        await self._sampled(output)
                 case Ended(error):
                     self._check(error is None, error or "")
                     break
@@ -191,7 +198,13 @@ class Pull:
     @property
     def _done(self) -> bool:
         """Whether nothing more is expected of the producer."""
-        return self._first is not None and (self._first.finish is not None or self._verified == self._needed)
+        ended = self._first is not None and self._first.finish is not None
+        return ended or (self._verified == self._needed and not self._lacks_token)
+
+    @property
+    def _lacks_token(self) -> bool:
+        """Whether the first token is still to come."""
+        return self._takes_first and self._first is None
 
     async def _sampled(self, output: Output) -> None:
         self._sampled_at = time.monotonic()
@@ -233,7 +246,7 @@ class Pull:
         end = first + len(remote)
         if remote:
             await link.read(pool, remote, self._slots[first:end], Claim(self._handover, self._attempt))
-        last = end == self._needed and self._first is not None
+        last = end == self._needed and not self._lacks_token
         alive = await self._peer.confirm(Confirm(self._handover, self._attempt, pool.instance, end, last))
         self._check(alive, "its lease had ended before the blocks were read")
         self._verified = end
