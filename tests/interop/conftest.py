@@ -1,21 +1,29 @@
-"""Our workers behind the real routers of other systems, and what they answer when nobody is in front of them."""
+"""Our workers behind the real routers of other systems."""
 
 import os
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.e2e.ports import free_ports
 from tests.e2e.system import System, launch
 from tests.interop.environment import Unreachable, prepare
+from twostroke.messages import SECRET_HEADER
 
-ROLES = {"prefill-0": "prefill", "decode-0": "decode", "colocated-0": "both"}
+SECRET = "known to workers, and to no router"
+ROLES = {"prefill-0": "prefill", "decode-0": "decode"}
+ROUTERS = {  # command, and the path that says that it is ready
+    "sglang-router": (["sglang-router", "launch", "--pd-disaggregation"], "/readiness"),
+    "mini-lb": (["sglang-router", "launch", "--pd-disaggregation", "--mini-lb"], "/health"),
+    "vllm-router": (["vllm-router", "--vllm-pd-disaggregation"], "/readiness"),
+}
 _START_SECONDS = 60.0
 
 
@@ -26,38 +34,66 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Path:
-    """Where the routers' commands are."""
+def workers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Iterator[System]:
+    """A prefill and a decode worker that share a secret. Their prefill takes several chunks."""
+    model, logs = tiny_model("Qwen3ForCausalLM"), tmp_path_factory.mktemp("logs")
+    engine = ["--dtype", "float32", "--chunk-size", "64", "--kv-memory", "64MiB", "--bootstrap-hosts", "127.0.0.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TWOSTROKE_SECRET", SECRET)
+        with launch(logs, ROLES, engine=engine, model=model) as system:
+            yield system
+
+
+@pytest.fixture
+def alone(workers: System) -> str:
+    """The URL of a worker that serves requests alone, without anybody's blocks."""
+    return workers.workers["prefill-0"].url
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client that nobody has told the secret."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        yield session
+
+
+@pytest.fixture
+async def insider() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client that knows the secret."""
+    async with aiohttp.ClientSession(headers={SECRET_HEADER: SECRET}) as session:
+        yield session
+
+
+@pytest.fixture(scope="session", params=ROUTERS)
+def router(request: pytest.FixtureRequest, workers: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a foreign router before our prefill and decode worker."""
     try:
-        return prepare()
+        commands = prepare()
     except Unreachable as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def workers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Iterator[System]:
-    """A prefill, a decode and a colocated worker. Their prefill takes several chunks."""
-    model, logs = tiny_model("Qwen3ForCausalLM"), tmp_path_factory.mktemp("logs")
-    engine = ["--dtype", "float32", "--chunk-size", "64", "--kv-memory", "64MiB"]
-    with launch(logs, ROLES, engine=engine, model=model) as system:
-        yield system
+    command, ready = ROUTERS[request.param]
+    prefill, decode = workers.workers["prefill-0"].url, workers.workers["decode-0"].url
+    port, metrics = map(str, free_ports(2))
+    bootstrap = [] if request.param == "vllm-router" else [prefill.rsplit(":", 1)[1]]
+    arguments = [
+        *("--prefill", prefill, *bootstrap, "--decode", decode, "--host", "127.0.0.1", "--port", port),
+        *("--policy", "random", "--prometheus-host", "127.0.0.1", "--prometheus-port", metrics),
+    ]
+    log = tmp_path_factory.mktemp(request.param) / "router.log"
+    with started([str(commands / command[0]), *command[1:], *arguments], f"http://127.0.0.1:{port}", ready, log) as url:
+        yield url
 
 
 @contextmanager
-def started(command: Sequence[str | Path], port: int, log: Path) -> Iterator[str]:
-    """A foreign router on ``port`` that is ready; its URL."""
+def started(command: Sequence[str], url: str, ready: str, log: Path) -> Iterator[str]:
+    """Run a foreign router, from when it is ready."""
     offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=offline) as process:
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_ready(process, f"{url}/readiness", log)
+            _wait_ready(process, url + ready, log)
             yield url
         finally:
-            process.terminate()
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()  # it would take its time, and nothing of it is of interest here
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
@@ -67,37 +103,4 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
         with suppress(urllib.error.URLError, ConnectionError, TimeoutError), urllib.request.urlopen(url, timeout=2):
             return
         time.sleep(0.1)
-    raise AssertionError(f"not ready:\n{log.read_text()[-2000:]}")
-
-
-def port_of(system: System, worker: str) -> str:
-    """The port of one of our workers."""
-    return system.workers[worker].url.rsplit(":", 1)[1]
-
-
-@pytest.fixture(scope="module")
-def sglang_router(workers: System, commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of SGLang's router, which takes our prefill worker's own port for its bootstrap port."""
-    prefill, decode = workers.workers["prefill-0"].url, workers.workers["decode-0"].url
-    port, metrics = free_ports(2)
-    command: list[str | Path] = [
-        *(commands / "sglang-router", "launch", "--host", "127.0.0.1", "--port", str(port)),
-        *("--pd-disaggregation", "--prefill", prefill, port_of(workers, "prefill-0"), "--decode", decode),
-        *("--policy", "round_robin", "--prometheus-port", str(metrics), "--prometheus-host", "127.0.0.1"),
-    ]
-    with started(command, port, tmp_path_factory.mktemp("sglang") / "router.log") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def vllm_router(workers: System, commands: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of vLLM's router."""
-    prefill, decode = workers.workers["prefill-0"].url, workers.workers["decode-0"].url
-    port, metrics = free_ports(2)
-    command: list[str | Path] = [
-        *(commands / "vllm-router", "--host", "127.0.0.1", "--port", str(port)),
-        *("--vllm-pd-disaggregation", "--prefill", prefill, "--decode", decode),
-        *("--policy", "round_robin", "--prometheus-port", str(metrics), "--prometheus-host", "127.0.0.1"),
-    ]
-    with started(command, port, tmp_path_factory.mktemp("vllm") / "router.log") as url:
-        yield url
+    raise AssertionError(f"it is not ready:\n{log.read_text()[-2000:]}")
