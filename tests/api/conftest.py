@@ -13,6 +13,7 @@ from tests.tiny_tokenizer import build_tokenizer
 from twostroke.api.call import Setting
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.api.server import bind, build_app, serve
+from twostroke.api.service import Load
 from twostroke.errors import TwostrokeError, Unavailable
 from twostroke.messages import ForeignTicket, KvTransfer, ModelCard, Output, Request, Ticket, Token
 from twostroke.tokenizer import Tokenizer
@@ -83,6 +84,9 @@ class ScriptedService:
             self.open -= 1
             if not self.open:
                 self.closed.set()
+
+    def load(self) -> Load:
+        return Load(running=2, waiting=1, tokens=50)
 
     def ticket(self, word: ForeignTicket, *, insider: bool) -> Ticket:
         self.words.append((word, insider))

@@ -181,12 +181,14 @@ async def test_abort_by_rid(server: Running) -> None:
 
 
 async def test_sglang_information(server: Running) -> None:
-    for path in ("/get_model_info", "/get_server_info", "/server_info"):
+    for path in ("/get_model_info", "/model_info", "/get_server_info", "/server_info"):
         async with server.http.get(server.url + path) as response:
             assert (await response.json())["model_path"] == MODEL
     async with server.http.get(f"{server.url}/health_generate") as response:
         assert response.status == 200
     assert server.service.requests[-1].sampling.max_tokens == 1
+    async with server.http.get(f"{server.url}/get_load") as response:
+        assert await response.json() == [{"dp_rank": 0, "num_reqs": 3, "num_waiting_reqs": 1, "num_tokens": 50}]
 
 
 # -- states ------------------------------------------------------------------------------------------------------
@@ -194,11 +196,10 @@ async def test_sglang_information(server: Running) -> None:
 
 async def test_starting(server: Running) -> None:
     server.service.state = "starting"
-    async with server.http.get(f"{server.url}/health") as response:
-        assert response.status == 200
-    async with server.http.get(f"{server.url}/ready") as response:
-        assert response.status == 503
-        assert await response.json() == {"state": "starting", "detail": "loading weights"}
+    for path in ("/health", "/ready"):  # SGLang's router registers a worker when its health is good, and never again
+        async with server.http.get(server.url + path) as response:
+            assert response.status == 503
+            assert await response.json() == {"state": "starting", "detail": "loading weights"}
     async with server.http.post(f"{server.url}/v1/completions", json={"prompt": HELLO}) as response:
         assert response.status == 503
         assert response.headers["retry-after"] == "1"

@@ -44,12 +44,15 @@ def _install(environment: Path) -> None:
     options = ["--quiet", "--disable-pip-version-check", "--no-compile", "--retries", "1", "-r", str(_REQUIREMENTS)]
     done = subprocess.run([*pip, *options], capture_output=True, text=True, timeout=_SECONDS, check=False)
     if done.returncode:
-        kind = Unreachable if "connection broken" in done.stderr else RuntimeError
-        raise kind(f"{_REQUIREMENTS.name} cannot be installed: {done.stderr[-1000:]}")
+        if "connection broken" in done.stderr:
+            raise Unreachable(
+                f"the routers are not installed, and no registry is reached: {done.stderr.splitlines()[-1]}"
+            )
+        raise RuntimeError(f"{_REQUIREMENTS.name} cannot be installed: {done.stderr[-1000:]}")
 
 
 if __name__ == "__main__":
     try:
         prepare()
     except (Unreachable, RuntimeError) as error:
-        sys.exit(f"tests/interop will be skipped or fail: {error}")
+        sys.exit(str(error))

@@ -198,7 +198,7 @@ class _Api:
     def routes(self) -> list[Route]:
         gets: dict[str, Endpoint] = {
             "/v1/models": self._models,
-            "/health": self._health,
+            "/health": self._ready,  # other routers send requests as soon as this is good
             "/ready": self._ready,
             "/metrics": self._metrics,
             "/debug/requests/{id:path}": self._timeline,
@@ -207,6 +207,7 @@ class _Api:
             "/model_info": self._model_info,
             "/get_server_info": self._server_info,
             "/server_info": self._server_info,
+            "/get_load": self._load,
         }
         posts: dict[str, Endpoint] = {
             "/v1/completions": self._generating(openai.completions),
@@ -306,9 +307,6 @@ class _Api:
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(openai.models(self._service.card())))
 
-    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await reply(send, encode(Health(*self._service.health())))
-
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         health = Health(*self._service.health())
         await reply(send, encode(health), 200 if health.state == "ready" else 503)
@@ -339,6 +337,9 @@ class _Api:
 
     async def _model_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(sglang.model_info(self._service.card())))
+
+    async def _load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(sglang.load_info(self._service.load())))
 
     async def _server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(sglang.server_info(self._service.card(), self._service.health()[0])))

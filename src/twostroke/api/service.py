@@ -3,8 +3,18 @@
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from msgspec import Struct
+
 from twostroke.messages import ForeignTicket, KvTransfer, ModelCard, Output, Request, Ticket
 from twostroke.tokenizer import Tokenizer
+
+
+class Load(Struct, frozen=True):
+    """How much a worker has to do."""
+
+    running: int  # sequences
+    waiting: int
+    tokens: int  # that hold KV, or are still to be computed
 
 
 class Service(Protocol):
@@ -25,6 +35,10 @@ class Service(Protocol):
 
     def health(self) -> tuple[str, str]:
         """The state ("starting", "ready" or "draining"), and in words what the worker is doing."""
+        ...
+
+    def load(self) -> Load:
+        """How much there is to do now. Raises ``Unavailable`` like ``card``."""
         ...
 
     def ticket(self, word: ForeignTicket, *, insider: bool) -> Ticket:

@@ -31,6 +31,7 @@ from twostroke.api.call import (
     typed,
 )
 from twostroke.api.handover import check_model, take_handover
+from twostroke.api.service import Load
 from twostroke.errors import BadRequest
 from twostroke.messages import KvTransfer, ModelCard, Token
 from twostroke.tokenizer import Tokenizer
@@ -243,6 +244,20 @@ def model_info(card: ModelCard) -> ModelInfo:
 def server_info(card: ModelCard, state: str) -> ServerInfo:
     """Reply of ``/get_server_info``."""
     return ServerInfo(card.name, card.name, card.max_model_len, state)
+
+
+class LoadInfo(Struct, frozen=True):
+    """The one entry of the reply of ``/get_load``, by which SGLang's router balances (``--policy power_of_two``)."""
+
+    num_reqs: int
+    num_waiting_reqs: int
+    num_tokens: int
+    dp_rank: int = 0
+
+
+def load_info(load: Load) -> list[LoadInfo]:
+    """Reply of ``/get_load``."""
+    return [LoadInfo(load.running + load.waiting, load.waiting, load.tokens)]
 
 
 class GenerateReply:

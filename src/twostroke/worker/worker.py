@@ -14,6 +14,7 @@ import uvloop
 
 from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import bind, build_app, serve
+from twostroke.api.service import Load
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
 from twostroke.engine.engine import Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
@@ -157,6 +158,13 @@ class Worker:
     async def produce(self, requests: Sequence[Request], ticket: Ticket) -> list[Output]:
         """See ``Service``."""
         return await asyncio.gather(*(self._produce(request, ticket) for request in requests))
+
+    def load(self) -> Load:
+        """See ``Service``."""
+        engine = self._ready().engine
+        load = engine.load()
+        held = load.slots.leased * engine.model.layout.block_tokens
+        return Load(load.running, load.waiting, held + load.queued_tokens)
 
     def ticket(self, word: ForeignTicket, *, insider: bool) -> Ticket:
         """See ``Service``."""
