@@ -226,7 +226,11 @@ async def test_request_id(server: Running) -> None:
         assert response.headers[REQUEST_ID_HEADER] == "mine-1"
         assert (await response.json())["id"] == "cmpl-mine-1"
     assert server.service.requests[-1].id == "mine-1/0/0"
-    for bad in ("a/b", "x" * 129, "a b"):
+    host = f"{'h' * 250}:8000"
+    given = f"___prefill_addr_{host}___decode_addr_{host}_{'0' * 32}"  # as vLLM's router names requests
+    async with server.http.post(url, json={"prompt": HELLO}, headers={REQUEST_ID_HEADER: given}) as response:
+        assert response.headers[REQUEST_ID_HEADER] == given
+    for bad in ("a/b", "x" * 601, "a b"):
         async with server.http.post(url, json={"prompt": HELLO}, headers={REQUEST_ID_HEADER: bad}) as response:
             assert response.status == 400
             assert response.headers[REQUEST_ID_HEADER] != bad

@@ -78,7 +78,7 @@ Translate = Callable[[bytes, Setting], Call]
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 Word = TypeVar("Word", Ticket, Journal)
 
-_REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,128}")  # printable ASCII without blank and "/"
+_REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,600}")  # without blank and "/"; vLLM's router puts two hosts into it
 _BIG_BODY = 32 << 10  # bytes, above which translation (tokenisation) leaves the event loop
 _PROBE_SECONDS = 20.0
 _BACKLOG = 2048
@@ -112,7 +112,7 @@ class Boundary:
         named = _NamedSend(send, http_id)
         try:
             if given is not None and not good:
-                text = f"{REQUEST_ID_HEADER} must be 1 to 128 printable ASCII characters without blank and /"
+                text = f"{REQUEST_ID_HEADER} must be 1 to 600 printable ASCII characters without blank and /"
                 raise BadRequest(text, param=REQUEST_ID_HEADER)
             await self._app(scope, receive, named)
         except ClientGone:
