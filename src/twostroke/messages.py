@@ -4,7 +4,7 @@ Wire form is JSON (msgspec). Unknown fields are refused, sizes are bounded by th
 checked at attach, so two versions never talk past each other.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 PROTOCOL = 4
 MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
+T = TypeVar("T")
 Role = Literal["both", "prefill", "decode"]
 WorkerState = Literal["starting", "ready", "draining"]
 FinishReason = Literal["stop", "length", "abort"]
@@ -305,3 +306,11 @@ class TimelineEvent(Struct, frozen=True):
 
 
 encode = msgspec.json.encode
+
+
+def decode(data: bytes | bytearray | str, type_: type[T]) -> T:
+    """A message that somebody sent. ``ValueError`` if it is none: not JSON, not UTF-8, nested too deeply, or not so."""
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

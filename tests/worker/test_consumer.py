@@ -353,7 +353,13 @@ async def test_a_confirmation_that_is_refused(stage: Stage, status: int) -> None
     await stage.check(stage.producer.usual(), complete=False)
 
 
-@pytest.mark.parametrize("body", [b"", b"yes", b"{}", b'{"alive": "true"}', b'{"alive": true, "more": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"yes", b"{}", b'{"alive": "true"}', b'{"alive": true, "more": 1}', b"\xff", b'{"\xff": 1}', b"[" * 60_000,
+        b'{"alive": true}' + b" " * 2000,
+    ],
+)  # fmt: skip
 async def test_a_confirmation_that_is_nonsense(stage: Stage, body: bytes) -> None:
     async def babble(confirm: Confirm) -> web.StreamResponse:
         return web.Response(body=body)

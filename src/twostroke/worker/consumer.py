@@ -30,12 +30,13 @@ from twostroke.messages import (
     PoolAddress,
     Published,
     Sampled,
+    decode,
     encode,
 )
 
 _MAX_LINE = 16 << 20  # bytes of one event: a list of slots
+_MAX_CONFIRMED = 1 << 10  # bytes
 _event = msgspec.json.Decoder(Event)
-_confirmed = msgspec.json.Decoder(Confirmed)
 
 
 class Peer:
@@ -83,8 +84,10 @@ class Peer:
             ) as reply:
                 if reply.status != 200:
                     raise HandoverFailed(f"the producer refused: {await _reason(reply)}")
-                return _confirmed.decode(await reply.read()).alive
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+                if reply.content_length is None or reply.content_length > _MAX_CONFIRMED:
+                    raise HandoverFailed("the producer's confirmation is too long")
+                return decode(await reply.read(), Confirmed).alive
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise HandoverFailed(f"the producer cannot confirm: {error or type(error).__name__}") from error
 
 
@@ -185,6 +188,7 @@ class Pull:
                     self._check(self._from is not None, "a token before it opened")
                     self._check(self._first is None and len(output.tokens) == 1, "not one first token")
                     self._check(0 <= output.tokens[0].id < self._engine.model.vocab_size, "no token of the model")
+                    self._check(0 <= output.cached_tokens <= self._prompt, "more cached tokens than the prompt has")
                     if self._takes_first:
                         await self._sampled(output)
                 case Ended(error):
