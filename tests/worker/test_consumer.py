@@ -4,6 +4,7 @@ Whatever the producer does, the client gets the model's own tokens, and nothing 
 """
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -175,10 +176,12 @@ class Stage:
         )
         return job, asyncio.create_task(pull.run()), updates
 
-    async def tokens(self, script: Sequence[Step], *, count: int = COUNT, silence: float = PATIENT) -> list[int]:
+    async def tokens(
+        self, script: Sequence[Step], *, count: int = COUNT, silence: float = PATIENT, salt: str = ""
+    ) -> list[int]:
         """What the client gets when the producer follows ``script``."""
         self.producer.script = script
-        one = request(PROMPT, count)
+        one = request(PROMPT, count, salt=salt)
         job, pulling, updates = await self.begin(one, silence)
         async with asyncio.timeout(15):
             outputs = [update async for update in updates if isinstance(update, Output)]
@@ -417,6 +420,27 @@ async def test_every_block_came_but_no_first_token(stage: Stage, how: str) -> No
     p = stage.producer
     assert await stage.tokens([p.opened, p.published(0, 3), *ends[how]]) == generate(stage.directory, PROMPT, COUNT)
     assert "fallback" in stage.events
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_events_that_are_lost_repeated_or_out_of_order(stage: Stage, seed: int) -> None:
+    """Nobody who tells the truth about its blocks can make the answer wrong, whatever order it comes in."""
+    chance, p = random.Random(seed), stage.producer
+    for salt in map(str, range(12)):  # so that no block is known from before
+        events: list[Event] = [
+            p.opened,
+            *(p.published(at, at + 1) for at in range(3)),
+            Sampled(p.first),
+            Alive(),
+            Ended(),
+        ]
+        script = [event for event in events for _ in range(chance.choice([0, 1, 1, 1, 1, 2]))]
+        for _ in range(chance.choice([0, 0, 1, 3])):
+            at, to = chance.randrange(len(script)), chance.randrange(len(script))
+            script.insert(to, script.pop(at))
+        assert await stage.tokens(script, salt=salt) == generate(stage.directory, PROMPT, COUNT), script
+        assert {"kv_complete", "fallback"} & set(stage.events)
+        await until(lambda: stage.rig.counts.leased == 0)
 
 
 @pytest.mark.parametrize("part", range(20))
