@@ -408,8 +408,9 @@ async def test_the_producer_answers_another_router_as_it_would_a_client(server: 
     assert server.service.tickets == [Ticket("foreign", "produce")]
 
 
-async def test_the_producer_tells_the_consumer_by_way_of_the_router(server: Running) -> None:
-    body = {"prompt": HELLO, "max_tokens": 1, "min_tokens": 1, "kv_transfer_params": REMOTE_DECODE}
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_producer_tells_the_consumer_by_way_of_the_router(server: Running, stream: bool) -> None:
+    body = {"prompt": HELLO, "max_tokens": 1, "min_tokens": 1, "stream": stream, "kv_transfer_params": REMOTE_DECODE}
     async with server.http.post(f"{server.url}/v1/completions", json=body) as response:
         reply = await response.json()
     assert len(reply["choices"]) == 1

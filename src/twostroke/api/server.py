@@ -290,8 +290,9 @@ class _Api:
         card, tokenizer = self._service.card(), self._service.tokenizer
         choices = [Choice(job, card, tokenizer) for job in call.jobs if job.request.choice == 0]
         outputs = await self._service.produce([choice.job.request for choice in choices], ticket)
-        answer, headers = at_once(call, choices, outputs)
-        if isinstance(call.handover, KvTransfer):
+        passed_on = isinstance(call.handover, KvTransfer)  # in a reply that is not streamed, whatever was asked for
+        answer, headers = at_once(call.reply, choices, outputs, stream=call.stream and not passed_on)
+        if passed_on:
             answer = add_transfer(answer, self._service.transfer(ticket, *scope["server"][:2]))
         await reply(send, answer, headers=headers)
 
