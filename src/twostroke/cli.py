@@ -27,7 +27,6 @@ app = App(
 )
 
 Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
-Hosts = Urls
 ParentPid = Annotated[int | None, Parameter(show=False)]
 
 
@@ -158,8 +157,8 @@ def serve(
     served_name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8100,
+    bootstrap_hosts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     max_queue: int = 1024,
-    bootstrap_hosts: Hosts = (),
     link: config.LinkChoice = "auto",
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
@@ -181,10 +180,10 @@ def serve(
         Address to listen on.
     port
         Port to listen on.
-    max_queue
-        Waiting requests beyond which new ones are refused (429).
     bootstrap_hosts
         Prefill workers (host or host:port) that foreign routers may name.
+    max_queue
+        Waiting requests beyond which new ones are refused (429).
     link
         How KV blocks travel.
     insecure
@@ -192,7 +191,6 @@ def serve(
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
-    config.check_hosts(bootstrap_hosts)
     settings = WorkerConfig(
         model=model,
         served_name=served_name,
@@ -200,9 +198,9 @@ def serve(
         name=name,
         host=host,
         port=_port(port),
+        bootstrap_hosts=config.check_hosts(bootstrap_hosts),
         engine=options.config(),
         max_queue=max_queue,
-        bootstrap_hosts=bootstrap_hosts,
         link=link,
     )
     from twostroke.worker.worker import run

@@ -55,6 +55,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     name: str = "worker-0"
     host: str = "127.0.0.1"
     port: int = 8100
+    bootstrap_hosts: tuple[str, ...] = ()  # prefill workers that any request may name, as "host" or "host:port"
     engine: EngineConfig = EngineConfig()
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
@@ -64,7 +65,6 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     queue_timeout: float = 600.0  # a request that has no slots by then gets 429
     max_queue: int = 1024  # waiting requests, above which new ones get 429
     max_body: int = 16 << 20  # bytes
-    bootstrap_hosts: tuple[str, ...] = ()  # prefill workers that any request may name, as "host" or "host:port"
 
 
 class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,8 +197,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_hosts(hosts: Sequence[str]) -> None:
-    """Refuse what can never match a host that a request names.
+def check_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
+    """The same hosts, unless one can never match a host that a request names.
 
     Raises:
         StartupError: neither ``host`` nor ``host:port``.
@@ -206,6 +206,7 @@ def check_hosts(hosts: Sequence[str]) -> None:
     for host in hosts:
         if not _HOST.fullmatch(host):
             raise StartupError(f"{host!r} is no host; write for example 10.0.0.1 or 10.0.0.1:8100")
+    return tuple(hosts)
 
 
 def check_bind(host: str, secret: str, insecure: bool = False) -> None:

@@ -113,31 +113,6 @@ class Ticket(Struct, frozen=True, forbid_unknown_fields=True):
     same_body: bool = True  # both ends are sent the same body, so that P's first token is D's; else only the prompt is
 
 
-class Bootstrap(Struct, frozen=True):
-    """SGLang's word to both ends, in the body of a request: the producer's address, and a number for the hand-over."""
-
-    host: Host
-    port: Port
-    room: Room
-
-
-class KvTransfer(Struct, frozen=True, forbid_unknown_fields=True):
-    """vLLM's word to one end (``kv_transfer_params``). The producer's reply carries the one for the consumer, which the
-    router passes on as it is.
-    """
-
-    do_remote_decode: bool = False  # to the producer
-    do_remote_prefill: bool = False  # to the consumer, and then all that follows is set
-    remote_engine_id: Name | None = None  # the producer's instance
-    remote_host: Host | None = None
-    remote_port: Port | None = None
-    remote_request_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}\\Z")] | None = None  # names the hand-over
-    signature: Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")] | None = None  # by who knows the cluster secret
-
-
-ForeignTicket = Bootstrap | KvTransfer  # of another router
-
-
 class Attach(Struct, frozen=True, forbid_unknown_fields=True):
     """D → P, opens the hand-over. The reply is a stream of ``Event``s, one JSON object a line."""
 
@@ -235,6 +210,34 @@ class Confirmed(Struct, frozen=True, forbid_unknown_fields=True):
     """P → D: whether the lease was alive when the ``Confirm`` arrived; only then do the read blocks count."""
 
     alive: bool
+
+
+# -- a hand-over in other routers' words, in the body of a request --------------------------------------------------
+
+
+class Bootstrap(Struct, frozen=True):
+    """SGLang's word to both ends, in the body of a request: the producer's address, and a number for the hand-over."""
+
+    host: Host
+    port: Port
+    room: Room
+
+
+class KvTransfer(Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's word to one end (``kv_transfer_params``). The producer's reply carries the one for the consumer, which the
+    router passes on as it is.
+    """
+
+    do_remote_decode: bool = False  # to the producer
+    do_remote_prefill: bool = False  # to the consumer, and then all that follows is set
+    remote_engine_id: Name | None = None  # the producer's instance
+    remote_host: Host | None = None
+    remote_port: Port | None = None
+    remote_request_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}\\Z")] | None = None  # names the hand-over
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")] | None = None  # by who knows the cluster secret
+
+
+ForeignTicket = Bootstrap | KvTransfer  # of another router
 
 
 # -- the journal, between a router and the worker that answers ----------------------------------------------------

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 
 import aiohttp
+import msgspec
 import uvloop
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
@@ -22,7 +23,7 @@ from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import Boundary, Health, Timeline, bind, serve
 from twostroke.config import RouterConfig, cluster_secret
 from twostroke.errors import MethodNotAllowed, NotFound, Unavailable, WorkerLost
-from twostroke.messages import SECRET_HEADER, TimelineEvent, decode, encode
+from twostroke.messages import SECRET_HEADER, TimelineEvent, encode
 from twostroke.router.policy import Pool, choose
 from twostroke.router.registry import Registry, Worker
 from twostroke.router.relay import Relay
@@ -120,8 +121,8 @@ class Router:
         """Empty if the worker does not know the request, or is not there: the rest is still worth seeing."""
         try:
             reply = await self._ask(worker, "GET", f"/debug/requests/{id_}")
-            return decode(bytes(reply.body), Timeline).events if reply.status_code == 200 else ()
-        except (WorkerLost, ValueError):
+            return msgspec.json.decode(reply.body, type=Timeline).events if reply.status_code == 200 else ()
+        except (WorkerLost, ValueError, RecursionError):
             return ()
 
     # asked of workers
