@@ -15,8 +15,9 @@ import uvloop
 from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import bind, build_app, serve
 from twostroke.config import WorkerConfig, cluster_secret
-from twostroke.engine.engine import Admitted, Job, Progress, Update
+from twostroke.engine.engine import MEASURED_TOKENS, Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
+from twostroke.links.link import Failures
 from twostroke.messages import ModelCard, Output, Request, Sampling, Slots, Ticket, WorkerInfo, WorkerState
 from twostroke.tokenizer import Tokenizer
 from twostroke.worker.consumer import Peer, Pull
@@ -42,6 +43,7 @@ class Worker:
         self._loaded: Loaded | None = None
         self._session: aiohttp.ClientSession | None = None
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
+        self._failures = Failures()
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
         self.producer: Producer | None = None
         self.lifecycle = Lifecycle(config.name)
@@ -71,8 +73,7 @@ class Worker:
             queue_timeout=self._config.queue_timeout,
             heartbeat=self._config.handover_timeout / 4,
         )
-        if loaded.server is not None:
-            loaded.server.start(self.producer.exported)
+        loaded.serve(self.producer.exported)
         self._loaded, self._state = loaded, "ready"
         self._say("serving")
 
@@ -213,6 +214,7 @@ class Worker:
             peer=Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout),
             patience=self._config.progress_timeout,
             lifecycle=self.lifecycle,
+            failures=self._failures,
         )
         try:
             await pull.run()
@@ -272,10 +274,11 @@ async def end(task: asyncio.Task[None] | None) -> None:
 
 
 async def _warm_up(loaded: Loaded) -> None:
-    """Have kernels compiled and weights in memory before anybody waits for them."""
+    """Have kernels compiled and weights in memory before anybody waits for them, and the engine's speed measured."""
     sampling = Sampling(max_tokens=2, seed=0, temperature=0, ignore_eos=True)
-    async for _ in loaded.engine.submit(Request("warm-up/0/0", [0, 0], sampling)).updates():
-        pass
+    for size in (2, min(2 * MEASURED_TOKENS, loaded.card.max_model_len - 2)):
+        async for _ in loaded.engine.submit(Request("warm-up/0/0", [0] * max(1, size), sampling)).updates():
+            pass
 
 
 def run(config: WorkerConfig) -> int:
