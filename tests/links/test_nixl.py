@@ -3,9 +3,12 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 import numpy as np
@@ -126,6 +129,45 @@ async def test_a_read_that_was_given_up_does_not_land_later(monkeypatch: pytest.
         await asyncio.sleep(0.3)
         assert (reader.own == 7).all()
     reader.link.close()
+
+
+READER = """
+import asyncio, sys, msgspec
+from tests.links.test_nixl import Reader
+from twostroke.messages import PoolAddress
+
+async def main():
+    reader, address = Reader(), msgspec.json.decode(sys.argv[1], type=PoolAddress)
+    while True:
+        await reader.read(address)
+        print(flush=True)
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def reading(address: PoolAddress) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that reads all the time, and has for a while."""
+    command = [sys.executable, "-c", READER, msgspec.json.encode(address).decode()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(20):
+            assert process.stdout.readline()
+        yield process
+        process.kill()
+
+
+async def test_an_owner_survives_its_readers(reader: Reader) -> None:
+    """One that is stopped, and then killed."""
+    with peer_process(SLOTS, BYTES, "owner", nixl=True) as (owner, address):
+        with reading(address) as other:
+            os.kill(other.pid, signal.SIGSTOP)
+            await reader.read(address)
+        reader.own[:] = 0
+        await reader.read(address)
+        assert (reader.own == content(SLOTS, BYTES)).all()
+        assert owner.poll() is None
 
 
 async def test_reads_that_depend_on_their_owner_are_excluded(monkeypatch: pytest.MonkeyPatch) -> None:
