@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -213,6 +213,7 @@ class NixlLink:
         self._devices = devices
         self._slowest = slowest
         self._peers: dict[PoolAddress, _Connection] = {}  # least recently used first; only the event loop's
+        self._leaving: list[Future[None]] = []  # peers that are let go of
 
     def reaches(self, peer: PoolAddress) -> bool:
         """See ``Link.reaches``."""
@@ -234,21 +235,24 @@ class NixlLink:
 
     def close(self) -> None:
         """See ``Link.close``."""
-        for connection in self._peers.values():
-            connection.close(wait=True)
-        self._peers.clear()
+        for address in list(self._peers):
+            self._leave(address)
+        wait(self._leaving)
 
     def _connection(self, peer: PoolAddress) -> "_Connection":
         connection = self._peers.pop(peer, None)
+        if connection is not None:
+            self._peers[peer] = connection
         for address, other in list(self._peers.items()):
-            if other.broken or len(self._peers) >= MAX_PEERS:
-                self._peers.pop(address).close(wait=False)
-        if connection is None or connection.broken:
-            if connection is not None:
-                connection.close(wait=False)
-            connection = _Connection(peer, self._own, self._devices, self._errors)
-        self._peers[peer] = connection
-        return connection
+            if other.broken or (address != peer and len(self._peers) > MAX_PEERS - (connection is None)):
+                self._leave(address)
+        if peer not in self._peers:
+            self._peers[peer] = _Connection(peer, self._own, self._devices, self._errors)
+        return self._peers[peer]
+
+    def _leave(self, address: PoolAddress) -> None:
+        self._leaving = [future for future in self._leaving if not future.done()]
+        self._leaving.append(self._peers.pop(address).close())
 
 
 class _Connection:
@@ -267,10 +271,11 @@ class _Connection:
         self._name = ""  # the peer's agent
         self._behind = 0.0  # seconds later than over the slowest link
 
-    def close(self, *, wait: bool) -> None:
-        """Let go of the peer, after the reads that are under way."""
-        self.thread.submit(self._disconnect)
-        self.thread.shutdown(wait=wait)
+    def close(self) -> "Future[None]":
+        """Let go of the peer after the reads that were asked for. Done when that is done."""
+        gone = self.thread.submit(self._disconnect)
+        self.thread.shutdown(wait=False)
+        return gone
 
     def read(self, copies: Copies, slowest: float, stop: threading.Event) -> None:
         """Copy slots, unless told to stop. When this returns or raises, nothing writes into ours any more.
@@ -296,6 +301,8 @@ class _Connection:
                 self._disconnect()
 
     def _connect(self) -> _Agent:
+        if self._own.is_cuda:
+            torch.cuda.set_device(self._own.device)  # UCX registers a GPU's memory in this thread's context
         # Named by the process too: UCX connects agents of the same name with each other.
         self._agent = _Agent(f"reader-{os.getpid()}-{next(_names)}", self._own, self._devices, serves=False)
         memory = self._peer.memory
