@@ -30,6 +30,7 @@ from twostroke.messages import Attach, Confirm, Event, NixlMemory, Opened, Outpu
 from twostroke.worker.consumer import Peer, Pull
 from twostroke.worker.loading import load
 from twostroke.worker.producer import Producer
+from twostroke.worker.worker import _warm_up
 
 PROMPT, COUNT = list(range(10, 50)), 6  # 2 blocks and a half
 FARAWAY = "another machine"
@@ -327,6 +328,25 @@ def test_what_a_worker_offers(
         return
     loaded = load(config, "i", "s", lambda _: None)
     assert [pool.memory.link for pool in loaded.offers] == [one.name for one in loaded.links] == offers
+    loaded.close()
+
+
+async def test_a_link_must_be_faster_than_computing(tiny_model: Callable[[str], Path]) -> None:
+    """Once a worker has warmed up, it knows how fast that is."""
+    config = WorkerConfig(model=str(tiny_model("LlamaForCausalLM")), link="tcp")
+    engine = msgspec.structs.replace(config.engine, device="cpu", kv_memory=1 << 20, threads=1)
+    loaded = load(msgspec.structs.replace(config, engine=engine), "i", "s", lambda _: None)
+    (link,) = loaded.links
+    assert isinstance(link, TcpLink)
+    assert link._slowest() == 1 << 20
+    died = asyncio.Event()
+    loaded.engine.start(asyncio.get_running_loop(), died.set)
+    await _warm_up(loaded)
+    await asyncio.to_thread(loaded.engine.stop)
+    assert loaded.engine.speed > 0
+    assert link._slowest() == max(1 << 20, loaded.engine.speed)
+    loaded.engine._speed = 1e6  # tokens a second
+    assert link._slowest() == 1e6 * loaded.engine.model.layout.token_bytes
     loaded.close()
 
 
