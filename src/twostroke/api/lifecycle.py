@@ -10,7 +10,8 @@ prefill_started    ``cached_tokens``: of the prompt, not to be computed
 prefill_ended
 attached           ``link``: the producer has opened its pool to us
 first_token        sampled here, or received from the producer
-kv_complete        ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
+kv_complete        ``link``, ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
+link_failed        ``link``, ``reason``, ``following``: the link that is used from now on
 fallback           ``reason``: the hand-over failed; the rest is computed here
 finished           ``reason``, ``output_tokens``
 aborted, failed    ``reason``
