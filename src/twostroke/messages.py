@@ -21,6 +21,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Url = Annotated[str, Meta(min_length=1, max_length=512)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Host = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}\]?)\Z")]  # a name or an address
+Address = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]{2,45}(%[0-9A-Za-z._-]{1,32})?\Z")]  # numeric: nobody is asked
 Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -149,7 +150,7 @@ class TcpEndpoint(Struct, frozen=True, tag="tcp", forbid_unknown_fields=True):
 
     kind: ClassVar[str] = "behind a TCP port"
     link: ClassVar[str] = "tcp"
-    host: Name  # numeric address
+    host: Address
     port: Port
 
 
