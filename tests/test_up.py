@@ -21,7 +21,7 @@ from twostroke.children import Child
 from twostroke.cli import app
 from twostroke.config import EngineConfig, UpConfig
 from twostroke.messages import Slots
-from twostroke.router.registry import WorkerReport
+from twostroke.router.worker import WorkerReport
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5), st.integers(1, 64))
@@ -123,12 +123,12 @@ def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int
 
 async def test_a_child_reports_its_lines_and_its_end() -> None:
     lines: list[tuple[str, str]] = []
-    child = await Child.start("x", ["router"], os.environ, lambda *line: lines.append(line))
+    child = await Child.start("x", ["router", "--prefill", "x"], os.environ, lambda *line: lines.append(line))
     async with asyncio.timeout(20):
         await child.ended
     assert not child.running
     assert lines == [("x", next(iter(child.last_lines)))]
-    assert child.epitaph().startswith("x ended with exit code 2\n  twostroke: no workers")
+    assert child.epitaph().startswith("x ended with exit code 2\n  twostroke: 'x' is not")
     child.signal(signal.SIGTERM)  # to nobody
 
 

@@ -23,7 +23,7 @@ from twostroke.children import Child
 from twostroke.config import UpConfig
 from twostroke.messages import SECRET_HEADER, Role, WorkerInfo
 from twostroke.models import default_name, resolve
-from twostroke.router.registry import WorkerReport
+from twostroke.router.worker import WorkerReport
 
 LOOPBACK = "127.0.0.1"
 ROUTER = "router"

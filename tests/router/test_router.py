@@ -11,7 +11,7 @@ from starlette.types import Send
 from tests.router.scripted import ScriptedWorker, System, hang, json_answer, stream_answer, system, until
 from twostroke.api.server import Timeline
 from twostroke.messages import SECRET_HEADER, TICKET_HEADER
-from twostroke.router.registry import WorkerReport
+from twostroke.router.worker import WorkerReport
 
 PATH = "/v1/completions"
 BODY = b'{"prompt": "\xc3\xa4", "stream": true,  "x": [1 , 2]}'
@@ -357,7 +357,7 @@ async def test_metrics_count_what_is_in_flight() -> None:
         asking = asyncio.create_task(ask(running))
         await running.workers[0].asked.wait()
         async with running.client.get("/metrics") as reply:
-            assert b"twostroke_num_requests_running 1.0" in await reply.read()
+            assert b"twostroke_num_requests_waiting 1.0" in await reply.read()
         asking.cancel()
 
 

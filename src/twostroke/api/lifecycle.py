@@ -143,6 +143,10 @@ class Lifecycle:
         """Ask ``gauges`` at every scrape."""
         self._registry.register(_GaugeCollector(gauges))
 
+    def collect(self, collector: Collector) -> None:
+        """Ask ``collector`` too, at every scrape."""
+        self._registry.register(collector)
+
     def metrics(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
