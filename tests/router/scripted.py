@@ -231,3 +231,4 @@ async def system(
         finally:
             stop.set()
             await serving
+            router.close()

@@ -70,7 +70,7 @@ async def test_who_joined_is_watched_and_forgotten_when_it_is_lost_for_long(monk
         await tell(running, "/internal/join", join(worker))
         known = running.router.registry.workers[0]
         worker.info = structs.replace(worker.info, queued_tokens=5)
-        known._clock = lambda: 1.0  # lost long ago, whenever that is
+        known.clock = lambda: 1.0  # lost long ago, whenever that is
         await until(lambda: known.queued == 5)
         await worker.stop()
         await until(lambda: not running.router.registry.workers)

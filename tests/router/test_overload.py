@@ -226,7 +226,7 @@ async def test_a_worker_that_fails_is_left_alone_until_a_try_succeeds() -> None:
             name = f'twostroke_worker_breaker{{role="colocated",url="{bad.url}"'
             assert metric(await reply.text(), name) == 2
         bad.answer = json_answer()
-        running.router.registry.workers[0]._clock = lambda: 1e12
+        running.router.registry.workers[0].clock = lambda: 1e12
         served = len(bad.seen)
         for _ in range(2):
             await ask(running)

@@ -13,11 +13,9 @@ another one, or waits in line (``backlog.py``). Any other refusal is passed on o
 """
 
 import asyncio
-import io
 from collections import Counter
 from collections.abc import Sequence
 
-import aiohttp
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
@@ -27,19 +25,17 @@ from twostroke.config import RouterConfig
 from twostroke.errors import RequestError, Unavailable, WorkerLost
 from twostroke.messages import JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal, Ticket, encode
 from twostroke.router.backlog import Backlog, Line, Place
-from twostroke.router.policy import Colocated, Disaggregated, Prompt, Route, Rules, choose, successor
+from twostroke.router.policy import ANY, Colocated, Disaggregated, Prompt, Route, Rules, choose, successor
 from twostroke.router.prefix import PrefixMap, chain, tokens_of
 from twostroke.router.registry import Registry
 from twostroke.router.reply import Call, Events, Frames, Refusal, Reply, read_call
+from twostroke.router.upstream import Exchange, Upstream
 from twostroke.router.worker import UPSTREAM_ERRORS, Hold, Wait, Worker
 
-_CONNECT_SECONDS = 5.0
 _PRODUCER_GRACE = 2.0  # seconds that the prefill end gets once the answer is complete; then nobody needs it
 _RELAYED = ("content-type", "retry-after", "cache-control")
 _PASSED_OVER = (401, 409)  # a producer's refusals that say nothing about the request
 _BUSY = (429, 503)  # refusals that say nothing about the request: another worker may serve it
-_LARGE = 1 << 20  # bytes; aiohttp writes larger bodies in pieces only from a file
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
 
 
 class _Refused(Exception):
@@ -59,6 +55,7 @@ class _Trip(Struct, eq=False):
     place: Place
     number: int  # in the line, should it have to wait for room
     hashes: Sequence[int]  # of its prompt's beginning
+    prompt: Prompt = ANY
     attempt: int = 0
     lost: list[Worker] = []  # that it was lost on
     full: list[Worker] = []  # that had no place for it lately
@@ -72,14 +69,13 @@ class Relay:
     def __init__(
         self,
         registry: Registry,
-        session: aiohttp.ClientSession,
         lifecycle: Lifecycle,
         config: RouterConfig,
         *,
         secret: str,
     ) -> None:
         self._registry = registry
-        self._session = session
+        self._upstream = Upstream()
         self._lifecycle = lifecycle
         self._rules = Rules(config.policy, config.short_prompt)
         self._serial = config.schedule == "serial"
@@ -174,7 +170,8 @@ class Relay:
 
     def _choose(self, trip: _Trip) -> Route[Worker]:
         """A route without the workers that this request was lost on, or refused by."""
-        prompt = self._prompt(trip)
+        known = self._prefixes.match(trip.hashes) if trip.hashes else {}
+        prompt = trip.prompt = Prompt(tokens_of(len(trip.call.body) + len(trip.reply.journal)), known)
         self._turn += 1
         if not trip.reply.started:
             route = choose(self._open(trip), self._rules, self._turn - 1, prompt)
@@ -189,10 +186,6 @@ class Relay:
             ends = (route.worker,) if isinstance(route, Colocated) else (route.prefill, route.decode)
             self._prefixes.remember(trip.hashes, [worker.key for worker in ends])
         return route
-
-    def _prompt(self, trip: _Trip) -> Prompt:
-        known = self._prefixes.match(trip.hashes) if trip.hashes else {}
-        return Prompt(tokens_of(len(trip.call.body) + len(trip.reply.journal)), known)
 
     async def _along(self, route: Route[Worker], trip: _Trip) -> None:
         attempt = trip.attempt
@@ -229,7 +222,7 @@ class Relay:
         that is busy is passed over, as long as the client has seen nothing.
         """
         try:
-            with worker.held(self._prompt(trip).missing(worker), answers=False) as hold:
+            with worker.held(trip.prompt.missing(worker), answers=False) as hold:
                 async with worker.alive(), self._post(trip, worker, ticket) as upstream:
                     body = await upstream.read()
                     hold.failed = upstream.status >= 500
@@ -258,8 +251,7 @@ class Relay:
         """
         call, reply = trip.call, trip.reply
         journal = Journal(len(reply.journal), call.created) if self._continues else None
-        prompt = self._prompt(trip)
-        tokens = prompt.tokens if ticket else prompt.missing(worker)
+        tokens = trip.prompt.tokens if ticket else trip.prompt.missing(worker)
         try:
             with worker.held(tokens, computes=ticket is None) as hold:
                 async with (
@@ -270,9 +262,7 @@ class Relay:
                     if reply.started and JOURNAL_HEADER not in upstream.headers:
                         raise WorkerLost(f"worker {worker.id} cannot continue the answer: status {upstream.status}")
                     if upstream.status in _BUSY:
-                        raise _Refused(
-                            worker, Refusal(upstream.status, _relayed(upstream), await upstream.content.read())
-                        )
+                        raise _Refused(worker, Refusal(upstream.status, _relayed(upstream), await upstream.read()))
                     await self._pass_on(trip, hold, upstream)
         except _Refused as refused:
             if refused.refusal.status == 503:
@@ -284,23 +274,23 @@ class Relay:
                 raise WorkerLost(f"worker {worker.id} failed: {why}") from error
             await reply.end_stream(b"")
 
-    async def _pass_on(self, trip: _Trip, hold: Hold, upstream: aiohttp.ClientResponse) -> None:
+    async def _pass_on(self, trip: _Trip, hold: Hold, upstream: Exchange) -> None:
         """An event stream goes on piece by piece; anything else once whole, so that a broken one can be retried."""
         headers, reply = _relayed(upstream), trip.reply
-        if upstream.content_type != "text/event-stream":
+        if not upstream.streams:
             body = await upstream.read()
             self._begun(trip, hold)
             await reply.whole(upstream.status, headers, body)
             return
         cutter = Frames() if JOURNAL_HEADER in upstream.headers else Events()
-        async for piece in upstream.content.iter_any():
+        while piece := await upstream.piece():
             part = cutter.feed(piece)
             if part.events:
                 self._begun(trip, hold)
             await reply.stream(upstream.status, headers, part)
         rest = cutter.end()
         if not reply.started:
-            raise aiohttp.ClientError("it answers with an empty stream")
+            raise ConnectionError("it answers with an empty stream")
         await reply.end_stream(rest)
 
     def _begun(self, trip: _Trip, hold: Hold) -> None:
@@ -311,21 +301,17 @@ class Relay:
 
     def _post(
         self, trip: _Trip, worker: Worker, ticket: Ticket | None, journal: Journal | None = None, lines: bytes = b""
-    ) -> "aiohttp.client._RequestContextManager":
-        call = trip.call
-        headers = {**call.headers, **self._secret}
+    ) -> Exchange:
+        headers = {**trip.call.headers, **self._secret}
         if ticket:
             headers[TICKET_HEADER] = encode(ticket).decode()
         if journal:
             headers[JOURNAL_HEADER] = encode(journal).decode()
-        body = lines + call.body
-        return self._session.post(
-            worker.url + call.target,
-            data=body if len(body) < _LARGE else io.BytesIO(body),
-            headers=headers,
-            allow_redirects=False,
-            timeout=_TIMEOUT,
-        )
+        return self._upstream.post(worker.url, trip.call.target, headers, lines + trip.call.body)
+
+    def close(self) -> None:
+        """Let go of idle connections."""
+        self._upstream.close()
 
     def _lose(self, worker: Worker, error: Exception) -> str:
         """Why the worker is lost: if it was given up, the registry knows."""
@@ -342,5 +328,5 @@ class Relay:
         self._lifecycle.stamp(trip.call.id, event, **detail)
 
 
-def _relayed(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+def _relayed(upstream: Exchange) -> dict[str, str]:
     return {name: upstream.headers[name] for name in _RELAYED if name in upstream.headers}

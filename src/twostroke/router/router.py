@@ -64,7 +64,7 @@ class Router:
         self._session = session
         self._secret = {SECRET_HEADER: secret} if secret else {}
         self._lifecycle = Lifecycle("router")
-        self._relay = Relay(self.registry, session, self._lifecycle, config, secret=secret)
+        self._relay = Relay(self.registry, self._lifecycle, config, secret=secret)
         self._lifecycle.watch(self._gauges)
         self._lifecycle.collect(WorkerGauges(self.registry, self._relay))
         self._pages = Pages(
@@ -88,6 +88,10 @@ class Router:
             while True:
                 await asyncio.sleep(_ROOM_SECONDS)
                 self._relay.line.room()
+
+    def close(self) -> None:
+        """Let go of idle connections."""
+        self._relay.close()
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Requests for tokens go by the short way."""
@@ -204,3 +208,4 @@ async def _run(config: RouterConfig, sock: socket.socket) -> None:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+            router.close()

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import Literal
 
 import aiohttp
@@ -40,41 +40,80 @@ class WorkerReport(Struct, frozen=True):
 
 
 class Hold:
-    """One request at one worker. Its end is told by the ``with`` that it is from."""
+    """One request at one worker: a context manager, whose end is the request's.
 
-    __slots__ = ("_begun", "_worker", "failed", "queued", "resident")
+    The breaker is told how it ends: an upstream error is a failure, a cancellation or anything else tells nothing.
+    """
+
+    __slots__ = ("_begun", "_queued", "_resident", "_trying", "_worker", "failed")
 
     def __init__(self, worker: "Worker", queued: int, resident: int) -> None:
-        self.queued, self.resident = queued, resident
+        self._worker, self._queued, self._resident = worker, queued, resident
+        self._begun = self._trying = False
         self.failed = False  # set it if the reply shows that the worker is not well
-        self._worker = worker
-        self._begun = False
 
     def begin(self) -> bool:
         """The answer begins: the prompt is computed, only its KV stays. False if it had begun already."""
         if self._begun:
             return False
         self._begun = True
-        self._worker.queued_here -= self.queued
-        self.queued = 0
+        self._worker.queued_here -= self._queued
+        self._queued = 0
         return True
+
+    def __enter__(self) -> "Hold":
+        worker = self._worker
+        self._trying = worker.breaker.taken(worker.clock())
+        worker.in_flight += 1
+        worker.queued_here += self._queued
+        worker.resident_here += self._resident
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        worker = self._worker
+        worker.in_flight -= 1
+        worker.queued_here -= self._queued
+        worker.resident_here -= self._resident
+        if self.failed or isinstance(error, UPSTREAM_ERRORS):
+            worker.breaker.failed(worker.clock(), trying=self._trying)
+        elif error is None:
+            worker.breaker.succeeded(trying=self._trying)
+        else:
+            worker.breaker.dropped(trying=self._trying)
 
 
 class Wait:
-    """Somebody's wait for a worker, which can be ended from elsewhere."""
+    """Somebody's wait for a worker, an asynchronous context manager. It can be ended from elsewhere."""
 
-    __slots__ = ("error", "over", "timeout")
+    __slots__ = ("_error", "_timeout", "_waits")
 
-    def __init__(self, timeout: asyncio.Timeout) -> None:
-        self.timeout = timeout
-        self.error: Exception | None = None
-        self.over = False
+    def __init__(self, waits: "set[Wait]") -> None:
+        self._waits = waits
+        self._timeout = asyncio.timeout(None)
+        self._error: Exception | None = None
 
     def end(self, error: Exception | None = None) -> None:
         """End it with this error, or as a timeout; unless it is over."""
-        if not self.over:
-            self.error = error
-            self.timeout.reschedule(asyncio.get_running_loop().time())
+        if self in self._waits:
+            self._waits.discard(self)
+            self._error = error
+            self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def __aenter__(self) -> "Wait":
+        await self._timeout.__aenter__()
+        self._waits.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waits.discard(self)
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._error is not None:
+                raise self._error from None
+            raise
 
 
 class Worker:
@@ -94,8 +133,8 @@ class Worker:
         self.in_flight = 0
         self.queued_here = 0
         self.lost_at: float | None = None
-        self._clock = clock
-        self._resident_here = 0
+        self.clock = clock
+        self.resident_here = 0
         self._foreign_queued = 0
         self._foreign_resident = 0
         self._waits: set[Wait] = set()
@@ -111,7 +150,7 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        return self.state == "ready" and self.breaker.allows(self._clock())
+        return self.state == "ready" and self.breaker.allows(self.clock())
 
     @property
     def queued(self) -> int:
@@ -121,13 +160,13 @@ class Worker:
     @property
     def resident(self) -> int:
         """Tokens whose KV is held: ours by the size of their bodies, and what others had at the last heartbeat."""
-        return self._resident_here + self._foreign_resident
+        return self.resident_here + self._foreign_resident
 
     def heard(self, info: WorkerInfo) -> None:
         """Believe what the worker says of itself."""
         self.info, self.state, self.detail, self.lost_at = info, info.state, info.detail, None
         self._foreign_queued = max(0, info.queued_tokens - self.queued_here)
-        self._foreign_resident = max(0, info.slots.leased * info.block_tokens - self._resident_here)
+        self._foreign_resident = max(0, info.slots.leased * info.block_tokens - self.resident_here)
 
     def refuse(self, info: WorkerInfo, why: str) -> None:
         """It is there, and cannot be used beside the others."""
@@ -136,71 +175,30 @@ class Worker:
     def lose(self, why: str) -> None:
         """It is not there."""
         if self.state != "lost":
-            self.lost_at = self._clock()
+            self.lost_at = self.clock()
         self.state, self.detail = "lost", why
 
-    @contextmanager
-    def held(self, tokens: int, *, computes: bool = True, answers: bool = True) -> Iterator[Hold]:
+    def held(self, tokens: int, *, computes: bool = True, answers: bool = True) -> Hold:
         """Count one request with this many prompt tokens as in flight.
-
-        The breaker is told how it ends: an upstream error is a failure, a cancellation or anything else tells nothing.
 
         Args:
             computes: the worker computes the prompt, else it gets the blocks.
             answers: it decodes too.
         """
-        hold = Hold(self, tokens if computes else 0, tokens + ANSWER_TOKENS if answers else tokens)
-        trying = self.breaker.taken(self._clock())
-        self.in_flight += 1
-        self.queued_here += hold.queued
-        self._resident_here += hold.resident
-        try:
-            yield hold
-        except UPSTREAM_ERRORS:
-            self.breaker.failed(self._clock(), trying=trying)
-            raise
-        except BaseException:
-            if hold.failed:
-                self.breaker.failed(self._clock(), trying=trying)
-            else:
-                self.breaker.dropped(trying=trying)
-            raise
-        else:
-            if hold.failed:
-                self.breaker.failed(self._clock(), trying=trying)
-            else:
-                self.breaker.succeeded(trying=trying)
-        finally:
-            self.in_flight -= 1
-            self.queued_here -= hold.queued
-            self._resident_here -= hold.resident
+        return Hold(self, tokens if computes else 0, tokens + ANSWER_TOKENS if answers else tokens)
 
-    @asynccontextmanager
-    async def alive(self) -> AsyncIterator[Wait]:
+    def alive(self) -> Wait:
         """Wait for this worker, as long as it is not given up.
 
         Raises:
             TimeoutError: it was; or whatever the wait was ended with.
         """
-        wait: Wait | None = None
-        try:
-            async with asyncio.timeout(None) as timeout:
-                wait = Wait(timeout)
-                self._waits.add(wait)
-                try:
-                    yield wait
-                finally:
-                    wait.over = True
-                    self._waits.discard(wait)
-        except TimeoutError:
-            if wait is not None and wait.error is not None:
-                raise wait.error from None
-            raise
+        return Wait(self._waits)
 
     def give_up(self) -> None:
         """End everybody's wait for this worker: it will not answer, or is no more."""
-        while self._waits:
-            self._waits.pop().end()
+        for wait in tuple(self._waits):
+            wait.end()
 
     def report(self) -> WorkerReport:
         info = self.info
@@ -220,6 +218,6 @@ class Worker:
             model=info.model if info else "",
             threads=info.threads if info else 0,
             device=info.device if info else "",
-            breaker=self.breaker.state(self._clock()),
+            breaker=self.breaker.state(self.clock()),
             joined=self.joined,
         )
