@@ -193,7 +193,7 @@ class Frames:
         return Part(events, lines)
 
     def end(self) -> bytes:
-        if not self._done:
+        if not self._done or self._torn.size:
             raise ConnectionError("the stream ended before the answer did")
         return b""
 
