@@ -84,6 +84,34 @@ def test_what_is_shared_out_is_shown(monkeypatch: pytest.MonkeyPatch, gpus: int,
     assert printed[2].split() == ["decode-0", "decode", "http://a:1", "7", "cuda:5", "3"]
 
 
+class Ending:
+    """Stands in for a child process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.left = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self, *, left: bool) -> None:
+        self.left = left
+        self.ended.set_result(None)
+
+
+async def test_a_drained_worker_leaves_and_any_other_death_counts() -> None:
+    system = up.System(UpConfig(), Console(file=StringIO(), width=200))
+    prefill, decode, last, router = (Ending(name) for name in ("prefill-0", "decode-0", "decode-1", "router"))
+    system._workers, system._router = [prefill, decode, last], [router]  # type: ignore[list-item]
+    dying = asyncio.create_task(system._first_death())
+    decode.end(left=True)
+    await asyncio.sleep(0.01)
+    assert not dying.done()
+    prefill.end(left=False)
+    assert (await dying).name == "prefill-0"
+    system._workers = [last]  # type: ignore[list-item]
+    last.end(left=True)
+    assert (await system._first_death()).name == "decode-1"
+
+
 def test_free_ports_differ() -> None:
     assert len(set(up.free_ports(20))) == 20
 

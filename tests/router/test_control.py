@@ -7,6 +7,7 @@ import pytest
 from msgspec import structs
 
 from tests.router.scripted import ScriptedWorker, System, hang, json_answer, stream_answer, system, until
+from twostroke import cli
 from twostroke.messages import PROTOCOL, SECRET_HEADER, Assign, Drain, Join, Leave, Role, WorkerState, encode
 from twostroke.router import registry as registries
 from twostroke.router.worker import WorkerReport
@@ -302,3 +303,35 @@ async def test_what_an_operator_said_holds_until_the_worker_says_something_new()
         await tell(running, "/internal/join", join(worker, "prefill"))
         assert (await reports(running))["new"].role == "prefill"
         await worker.stop()
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+async def test_twostroke_workers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWOSTROKE_SECRET", "s3cret")
+    async with system(1, 1, secret="s3cret") as running:
+        base = str(running.client._base_url)
+
+        async def operate(*arguments: str) -> tuple[int, str]:
+            code = await asyncio.to_thread(cli.run, ["workers", *arguments, "--url", base])
+            said = capsys.readouterr()
+            return code, said.out + said.err
+
+        code, text = await operate("list")
+        assert code == 0
+        assert [line.split()[:3] for line in text.splitlines()[1:3]] == [
+            ["p-0", "prefill", "ready"],
+            ["d-0", "decode", "ready"],
+        ]
+        assert await operate("role", "p-0", "decode") == (0, "p-0 (decode): ready, serving\n")
+        code, text = await operate("drain", running.workers[1].url, "--seconds", "3")
+        assert (code, running.workers[1].drained) == (0, Drain(3))
+        assert text.startswith("d-0 (decode): draining")
+        code, text = await operate("drain", "nobody")
+        assert code == 2
+        assert text == "twostroke: there is no worker 'nobody'; there are: p-0, d-0\n"
+        monkeypatch.setenv("TWOSTROKE_SECRET", "guess")
+        code, text = await operate("drain", "p-0")
+        assert code == 2
+        assert "TWOSTROKE_SECRET" in text

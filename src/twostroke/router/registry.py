@@ -188,6 +188,7 @@ class Registry:
         worker = self.at(url)
         if worker is None or worker.key != message.instance:
             return
+        log.info("worker %s (%s) has left", worker.id, url)
         if worker.joined:
             self._forget(worker)
         worker.lose("it was drained, and left")
@@ -236,7 +237,7 @@ class Registry:
         if (worker := self.at(url)) is None:  # it said so twice
             worker = Worker(url, pool, joined=True)
             self.workers.append(worker)
-            log.warning("worker %s (%s) joined for %s", info.id, url, pool)
+            log.info("worker %s (%s) joined for %s", info.id, url, pool)
             worker.heard(info)
             if self._tasks is not None:
                 self._tasks.create_task(self._watch(url))

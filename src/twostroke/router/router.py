@@ -190,6 +190,7 @@ def run(config: RouterConfig) -> int:
         StartupError: the port is taken, or the address is not ours.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("twostroke").setLevel(logging.INFO)
     sock = bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(config, sock))
