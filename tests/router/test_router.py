@@ -253,6 +253,22 @@ async def test_a_worker_that_comes_back_is_used_again() -> None:
         assert (await ask(running))[0] == 200
 
 
+async def test_a_worker_replaced_behind_its_address_serves_the_next_request() -> None:
+    """Without a heartbeat between: kept connections to the old process are not used."""
+    async with system() as running:
+        assert (await ask(running))[0] == 200
+        for worker in running.workers:
+            await worker.stop()
+            worker.info = msgspec.structs.replace(worker.info, instance=f"{worker.info.id}-second")
+            await worker.start()
+        assert (await ask(running))[0] == 200
+        before = list(running.router.registry.workers)
+        assert all(worker.ready for worker in before)
+        await running.look()
+        assert not set(before) & set(running.router.registry.workers)
+        assert (await ask(running))[0] == 200
+
+
 async def test_a_stream_without_a_journal_that_breaks_ends_with_an_error_event() -> None:
     async with system(0, 0, 1) as running:
         running.workers[0].answer = stream_answer(EVENTS[0], EVENTS[1], breaks=True)
