@@ -16,7 +16,7 @@ from twostroke.errors import StartupError
 from twostroke.messages import Role
 
 Schedule = Literal["concurrent", "serial"]
-Policy = Literal["least-loaded", "prefix-aware", "round-robin"]
+Policy = Literal["prefix-aware", "least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
 LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
@@ -78,7 +78,7 @@ class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     decode: tuple[str, ...] = ()
     colocated: tuple[str, ...] = ()
     schedule: Schedule = "concurrent"
-    policy: Policy = "least-loaded"
+    policy: Policy = "prefix-aware"
     host: str = "127.0.0.1"
     port: int = 8000
     heartbeat: float = 1.0  # seconds between looks at each worker
@@ -102,7 +102,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"  # of the router
     port: int = 8000
     schedule: Schedule = "concurrent"
-    policy: Policy = "least-loaded"
+    policy: Policy = "prefix-aware"
     insecure: bool = False
     engine: EngineConfig = EngineConfig()  # of each worker; they share the cores, and the utilization of one GPU
     devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``

@@ -1,6 +1,7 @@
 """A router over real workers whose pools are far too small for what is asked at once: everybody is served, in turn."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -48,6 +49,31 @@ async def serving(model: Path, name: str, slots: int) -> AsyncIterator[tuple[Wor
         await worker.stop()
 
 
+@asynccontextmanager
+async def routing(config: RouterConfig, session: aiohttp.ClientSession) -> AsyncIterator[tuple[Router, str]]:
+    router = Router(config, session, secret="")
+    sock, stop = bind("127.0.0.1", 0), asyncio.Event()
+    task = asyncio.create_task(serve(router.app, sock, shutdown_seconds=1, stop=stop))
+    await router.registry.look()
+    watching = asyncio.create_task(router.watch())
+    try:
+        yield router, f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        watching.cancel()
+        stop.set()
+        await task
+        router.close()
+
+
+async def ask(session: aiohttp.ClientSession, url: str, ids: list[int]) -> tuple[list[int], int]:
+    """The greedy answer, and how many tokens of the prompt were not computed."""
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    async with session.post(f"{url}/generate", json={"input_ids": ids, "sampling_params": sampling}) as reply:
+        assert reply.status == 200, await reply.text()
+        answer = await reply.json()
+        return answer["output_ids"], answer["meta_info"]["cached_tokens"]
+
+
 @pytest.mark.parametrize("schedule", ["concurrent", "serial"])
 @pytest.mark.parametrize(("p_slots", "d_slots"), [(60, 6), (6, 60), (6, 6)])
 async def test_nobody_waits_for_ever(model: Path, p_slots: int, d_slots: int, schedule: str) -> None:
@@ -56,30 +82,37 @@ async def test_nobody_waits_for_ever(model: Path, p_slots: int, d_slots: int, sc
         d, d_url = await stack.enter_async_context(serving(model, "d", d_slots))
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         config = RouterConfig((p_url,), (d_url,), schedule=schedule, short_prompt=0)  # type: ignore[arg-type]
-        router = Router(config, session, secret="")
-        sock, stop = bind("127.0.0.1", 0), asyncio.Event()
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        routing = asyncio.create_task(serve(router.app, sock, shutdown_seconds=1, stop=stop))
-        await router.registry.look()
-        watching = asyncio.create_task(router.watch())
-
-        async def ask(number: int) -> list[int]:
-            sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
-            body = {"input_ids": prompt(number), "sampling_params": sampling}
-            async with session.post(f"{url}/generate", json=body) as reply:
-                assert reply.status == 200, await reply.text()
-                ids: list[int] = (await reply.json())["output_ids"]
-                return ids
-
+        router, url = await stack.enter_async_context(routing(config, session))
         async with asyncio.timeout(60):
-            answers = await asyncio.gather(*(ask(number) for number in range(REQUESTS)))
-        assert answers == [generate(model, prompt(number), TOKENS) for number in range(REQUESTS)]
+            answers = await asyncio.gather(*(ask(session, url, prompt(number)) for number in range(REQUESTS)))
+        expected = [generate(model, prompt(number), TOKENS) for number in range(REQUESTS)]
+        assert [ids for ids, _ in answers] == expected
         if d_slots < p_slots:
             assert router._relay.counts["queued"]
         for worker in (p, d):
             await until(lambda worker=worker: worker.info().slots.leased == 0)  # type: ignore[misc]
             assert not worker.info().running
-        watching.cancel()
-        stop.set()
-        await routing
-        router.close()
+
+
+async def test_conversations_go_on_where_they_are_known(model: Path) -> None:
+    """Computed tokens are what is measured: by load alone, about every second turn lands on the wrong worker."""
+    computed: dict[str, int] = {}
+    async with AsyncExitStack() as stack:
+        urls = [(await stack.enter_async_context(serving(model, f"c{i}", 400)))[1] for i in range(2)]
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        for number, policy in enumerate(("least-loaded", "prefix-aware")):
+            config = RouterConfig(colocated=tuple(urls), policy=policy)  # type: ignore[arg-type]
+            async with routing(config, session) as (_, url):
+                rng = random.Random(1)
+                turns = [talk for talk in range(6) for _ in range(4)]
+                rng.shuffle(turns)
+                talks: dict[int, list[int]] = {talk: [10 + talk + 50 * number] for talk in turns}
+                computed[policy] = 0
+                for talk in turns:
+                    talks[talk] += rng.choices(range(10, 300), k=90)
+                    ids, cached = await ask(session, url, talks[talk])
+                    computed[policy] += len(talks[talk]) - cached
+                    talks[talk] += ids
+    fewest = 24 * 90 + 6
+    assert fewest <= computed["prefix-aware"] < 1.3 * fewest
+    assert computed["prefix-aware"] < 0.8 * computed["least-loaded"], computed
