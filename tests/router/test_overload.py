@@ -9,6 +9,7 @@ from tests.router.scripted import Answer, ScriptedWorker, System, hang, json_ans
 from twostroke.api.http import error_object
 from twostroke.api.server import Timeline
 from twostroke.errors import NoRoom, Overloaded, Unavailable
+from twostroke.router import reply as replies
 from twostroke.router.breaker import FAILURES
 from twostroke.router.worker import WorkerReport
 
@@ -233,3 +234,16 @@ async def test_a_worker_that_fails_is_left_alone_until_a_try_succeeds() -> None:
         assert len(bad.seen) == served + 1
         assert running.router.registry.workers[0].breaker.state(1e12) == "closed"
         assert good.seen
+
+
+async def test_a_client_that_does_not_send_its_body_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "_BODY_SECONDS", 0.1)
+    async with system(0, 0, 1, max_queue=1) as running, asyncio.timeout(10):
+        base = running.client._base_url
+        assert base
+        reader, writer = await asyncio.open_connection(base.host, base.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert b" 408 " in await reader.readline()
+        writer.close()
+        assert running.router._relay.backlog.waiting == 0
+        assert await ask(running) == (200, OK)
