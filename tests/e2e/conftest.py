@@ -16,6 +16,7 @@ from twostroke import models
 FLOAT32 = ("--dtype", "float32")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as workers choose it
 ROLES = {"prefill-0": "prefill", "decode-0": "decode"}
+HAND_OVER = ("--short-prompt", "0")  # also what the decode worker could compute itself, or knows
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -81,5 +82,6 @@ def reference(embedded: Path) -> Reference:
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One prefill and one decode worker in float32, with chunks shorter than most prompts."""
-    with launch(tmp_path_factory.mktemp("logs"), ROLES, engine=[*FLOAT32, "--chunk-size", "192"]) as running:
+    engine = [*FLOAT32, "--chunk-size", "192"]
+    with launch(tmp_path_factory.mktemp("logs"), ROLES, engine=engine, router=HAND_OVER) as running:
         yield running

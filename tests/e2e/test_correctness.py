@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DEVICE, FLOAT32, ROLES, Reference
+from tests.e2e.conftest import DEVICE, FLOAT32, HAND_OVER, ROLES, Reference
 from tests.e2e.system import System, client, generate, launch, post
 from twostroke.links import nixl
 
@@ -91,7 +91,7 @@ NIXL = pytest.param("nixl", marks=pytest.mark.skipif(not nixl.installed(), reaso
 async def test_over_one_link(tmp_path: Path, reference: Reference, link: str) -> None:
     """Forced; the other links are neither offered nor used."""
     prompts = reference.prompts()[13:20:3]
-    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--chunk-size", "192", "--link", link]) as system:
+    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--chunk-size", "192", "--link", link], router=HAND_OVER) as system:
         await check(system, system.url, reference, prompts)
         assert await handed_over(system) >= sum(map(len, prompts)) // 16 * 0.9
         async with client() as session:
