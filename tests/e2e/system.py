@@ -24,8 +24,8 @@ Json = Any
 
 
 # Processes are forked from one that has imported everything already. Nothing has run in it: no thread, no OpenMP.
-_nursery = multiprocessing.get_context("forkserver")
-_nursery.set_forkserver_preload(
+NURSERY = multiprocessing.get_context("forkserver")
+NURSERY.set_forkserver_preload(
     ["twostroke.worker.worker", "twostroke.router.router", "transformers.models.llama.modeling_llama"]
 )
 
@@ -53,7 +53,7 @@ class Process:
         self.log = log
         self.arguments = arguments
         self._environment = environment
-        self._process = _nursery.Process(
+        self._process = NURSERY.Process(
             target=_main,
             args=([*arguments, "--port", str(port)], log, {"HF_HUB_OFFLINE": "1", **environment}),
             daemon=True,
