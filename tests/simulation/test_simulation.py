@@ -18,7 +18,7 @@ _CHUNK = 50
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(os.cpu_count(), NURSERY, logging.disable, [logging.CRITICAL]) as executor:
+    with ProcessPoolExecutor(os.cpu_count(), NURSERY, logging.disable, (logging.CRITICAL,)) as executor:
         yield executor
 
 
