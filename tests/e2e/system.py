@@ -36,6 +36,7 @@ def _main(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> N
     for stream in (1, 2):
         os.dup2(out, stream)
     os.close(out)
+    os.environ.clear()  # it is that of the first test
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # or tqdm's lock would leave a file in /dev/shm
     from twostroke.cli import main
@@ -55,7 +56,7 @@ class Process:
         self._environment = environment
         self._process = NURSERY.Process(
             target=_main,
-            args=([*arguments, "--port", str(port)], log, {"HF_HUB_OFFLINE": "1", **environment}),
+            args=([*arguments, "--port", str(port)], log, {**os.environ, "HF_HUB_OFFLINE": "1", **environment}),
             daemon=True,
         )
         self._process.start()
@@ -68,6 +69,11 @@ class Process:
     @property
     def running(self) -> bool:
         return self._process.is_alive()
+
+    @property
+    def status(self) -> int | None:
+        """How it has ended."""
+        return self._process.exitcode
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if the process is still there. From any thread."""

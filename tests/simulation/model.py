@@ -12,8 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tests.simulation.clock import Dice, Stuck
-from twostroke.engine.engine import Engine
-from twostroke.engine.runner import Launched
+from twostroke.engine.engine import Engine, _Step
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import HandoverFailed
 from twostroke.kv.layout import Layout
@@ -119,7 +118,7 @@ class SimEngine(Engine):
 
     async def step_for_ever(self) -> None:
         """As the engine's thread does, but that a step takes virtual time."""
-        flying: deque[Launched] = deque()
+        flying: deque[_Step] = deque()
         while True:
             self._bell.rung.clear()
             chunks = self._plan(wait=False)
@@ -131,7 +130,7 @@ class SimEngine(Engine):
                 continue
             self._launch(chunks, flying)
             await asyncio.sleep(self._dice.delay(self._seconds))
-            self._commit(flying.popleft().tokens())
+            self._commit(flying.popleft())
 
 
 class SimLink:

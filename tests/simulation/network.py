@@ -239,6 +239,11 @@ class Reply:
     def content_type(self) -> str:
         return self.headers.get("content-type", "").partition(";")[0]
 
+    @property
+    def content_length(self) -> int | None:
+        size = self.headers.get("content-length")
+        return None if size is None else int(size)
+
     async def start(self) -> None:
         message = await self._next()
         self.status = message["status"]

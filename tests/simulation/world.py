@@ -119,7 +119,7 @@ class World:
         offer = address(instance, slots)
         link = SimLink(memory, self.pools, self)
         card = ModelCard("simulated", VOCAB, slots * LAYOUT.block_tokens, frozenset(), 0)
-        worker._loaded = Loaded(card, _tokenizer(), engine, None, (link,), None, (offer,))  # type: ignore[arg-type]
+        worker._loaded = Loaded(card, _tokenizer(), engine, None, (link,), (), (offer,))  # type: ignore[arg-type]
         worker._session = self.network.session(node)  # type: ignore[assignment]
         worker.producer = Producer(
             engine,
