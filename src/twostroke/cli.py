@@ -182,6 +182,7 @@ def serve(
     link_device: str | None = None,
     router: Urls = (),
     drain_timeout: float = 30.0,
+    lease_seconds: float = 30.0,
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -214,6 +215,8 @@ def serve(
         URLs of running routers to join.
     drain_timeout
         Seconds to finish in, once told to leave.
+    lease_seconds
+        Blocks that nobody fetches are kept for so long.
     insecure
         Listen beyond this machine without a secret.
     """
@@ -222,6 +225,8 @@ def serve(
     config.check_urls(router)
     if drain_timeout < 0:
         raise StartupError(f"--drain-timeout cannot be negative, such as {drain_timeout}")
+    if lease_seconds <= 0:
+        raise StartupError(f"--lease-seconds must be more than 0, not {lease_seconds}")
     settings = WorkerConfig(
         model=model,
         served_name=served_name,
@@ -236,6 +241,7 @@ def serve(
         link_devices=config.check_link_devices(link_device, link),
         routers=router,
         drain_timeout=drain_timeout,
+        lease_seconds=lease_seconds,
     )
     from twostroke.worker.worker import run
 

@@ -61,7 +61,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
     link_devices: tuple[str, ...] = ()  # network devices that NIXL may use, such as "mlx5_2"; none is all
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
-    handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
+    handover_timeout: float = 2.5  # silence from the producer after which the consumer computes for itself
     progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
     attach_timeout: float = 5.0  # how long either end waits for the other to appear
     queue_timeout: float = 600.0  # a request that has no slots by then gets 429

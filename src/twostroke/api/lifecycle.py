@@ -62,6 +62,8 @@ class Gauges(Struct, frozen=True):
     running: int
     waiting: int
     slots: Slots | None = None
+    handovers: int = 0  # that this worker produces
+    tasks: int = 0  # of the event loop
 
 
 class _Sequence:
@@ -206,3 +208,5 @@ class _GaugeCollector(Collector):
             for state in ("free", "cached", "leased"):
                 slots.add_metric([state], getattr(now.slots, state))
         yield slots
+        yield GaugeMetricFamily("twostroke_handovers_open", "Hand-overs that are produced.", value=now.handovers)
+        yield GaugeMetricFamily("twostroke_tasks", "Tasks of the event loop.", value=now.tasks)

@@ -334,10 +334,11 @@ class Worker:
                 pass
 
     def _gauges(self) -> Gauges:
-        if self._loaded is None:
-            return Gauges(0, 0)
+        tasks = len(asyncio.all_tasks())
+        if self._loaded is None or self.producer is None:
+            return Gauges(0, 0, tasks=tasks)
         load = self._loaded.engine.load()
-        return Gauges(load.running, load.waiting, load.slots)
+        return Gauges(load.running, load.waiting, load.slots, self.producer.open, tasks)
 
 
 async def end(task: asyncio.Task[None] | None) -> None:
