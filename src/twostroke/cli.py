@@ -55,6 +55,8 @@ class EngineOptions:
     "Most sequences in one engine step."
     threads: int | None = None
     "CPU threads of each worker. [default: all; up divides them]"
+    store: str | None = None
+    "Tiers for KV blocks that leave the pool, fastest first: host:8GiB,disk:/path:100GiB. Sizes are each worker's."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
@@ -142,8 +144,9 @@ def up(
     if places and engine.device != "auto":
         raise StartupError("--devices is for each worker, --device for all: give one of them")
     settings = UpConfig(
-        model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss=on_loss, link=link
-    )
+        model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss=on_loss, link=link,
+        store=config.parse_store(options.store),
+    )  # fmt: skip
     return run(settings)
 
 
@@ -198,6 +201,7 @@ def serve(
         engine=options.config(),
         max_queue=max_queue,
         link=link,
+        store=config.parse_store(options.store),
     )
     from twostroke.worker.worker import run
 

@@ -29,6 +29,28 @@ _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
+class HostTier(Struct, frozen=True, forbid_unknown_fields=True, tag="host"):
+    """KV blocks in this worker's host memory."""
+
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"host:{self.size}"
+
+
+class DiskTier(Struct, frozen=True, forbid_unknown_fields=True, tag="disk"):
+    """KV blocks in files of this worker's own under a path."""
+
+    path: Path
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"disk:{self.path}:{self.size}"
+
+
+TierConfig = HostTier | DiskTier
+
+
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What the engine needs to know, apart from the model itself."""
 
@@ -55,6 +77,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 8100
     engine: EngineConfig = EngineConfig()
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
+    store: tuple[TierConfig, ...] = ()  # the tiers below the pool, the fastest first
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
     progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
@@ -95,6 +118,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``
     on_loss: OnLoss = "continue"
     link: LinkChoice = "auto"  # of each worker
+    store: tuple[TierConfig, ...] = ()  # of each worker, too
 
 
 def check_pools(prefill: int, decode: int, colocated: int) -> None:
@@ -138,6 +162,32 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise StartupError(f"{text!r} is not a size in bytes; write for example 512MiB or 4GiB")
     return size
+
+
+def parse_store(text: str | None) -> tuple[TierConfig, ...]:
+    """The tiers of "host:8GiB,disk:/path:100GiB", in this order. None or "" is no store.
+
+    Raises:
+        StartupError: a tier is none, incomplete, or there twice.
+    """
+    tiers = tuple(_parse_tier(part.strip()) for part in text.split(",")) if text else ()
+    if twice := {str(tier).rpartition(":")[0] for tier in tiers if sum(_same(tier, other) for other in tiers) > 1}:
+        raise StartupError(f"--store has {', '.join(sorted(twice))} more than once")
+    return tiers
+
+
+def _parse_tier(text: str) -> TierConfig:
+    kind, _, rest = text.partition(":")
+    path, _, size = rest.rpartition(":")
+    if kind == "host" and rest:
+        return HostTier(parse_size(rest))
+    if kind == "disk" and path:
+        return DiskTier(Path(path), parse_size(size))
+    raise StartupError(f"--store {text!r} is no tier; write for example host:8GiB or disk:/var/cache/kv:100GiB")
+
+
+def _same(tier: TierConfig, other: TierConfig) -> bool:
+    return str(tier).rpartition(":")[0] == str(other).rpartition(":")[0]
 
 
 def check_device(text: str, *, auto: bool = True) -> str:

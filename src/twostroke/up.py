@@ -88,6 +88,7 @@ def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
         "--max-model-len": engine.max_model_len,
         "--kv-memory": engine.kv_memory,
         "--chunk-size": engine.token_budget,
+        "--store": ",".join(map(str, config.store)) or None,
     }
     return [
         *("serve", *([config.model] if config.model else [])),

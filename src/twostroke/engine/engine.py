@@ -6,16 +6,19 @@ thread through a lock that is never held while the model runs.
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from twostroke.engine.model import Model
+from twostroke.engine.pace import Pace
 from twostroke.engine.runner import Launched
-from twostroke.engine.scheduler import Chunk, Scheduler, Sequence
+from twostroke.engine.scheduler import Chunk, Scheduler, Sequence, State
 from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, RequestError, Unavailable
-from twostroke.kv.keys import root_key
-from twostroke.kv.pool import Lease, Pool
+from twostroke.kv.keys import BlockKey, root_key
+from twostroke.kv.pool import Lease, Pool, Slot
 from twostroke.messages import FinishReason, Output, Request, Slots, Token
 
 log = logging.getLogger(__name__)
@@ -106,6 +109,12 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._died: Callable[[], None] = lambda: None
+        self._published: Callable[[list[BlockKey]], None] | None = None
+        self.pace = Pace()  # of prefill
+
+    def watch(self, published: Callable[[list[BlockKey]], None]) -> None:
+        """From now on, ``published`` is told on the loop which blocks have become findable."""
+        self._published = published
 
     def start(self, loop: asyncio.AbstractEventLoop, died: Callable[[], None]) -> None:
         """Start stepping. Updates of jobs are delivered on ``loop``; so is ``died``, should the thread ever end."""
@@ -144,6 +153,7 @@ class Engine:
         """The KV of the first ``tokens`` tokens is in the job's slots, verified."""
         with self._lock:
             self.scheduler.loaded(job.sequence, tokens)
+            self._deliver([(job, Progress(tokens))])
 
     def ending(self, job: Job, token: Token) -> FinishReason | None:
         """Whether ``token``, as the next one, ends the job."""
@@ -158,6 +168,24 @@ class Engine:
     def lease(self) -> Lease:
         """An empty lease on the engine's pool."""
         return self._pool.lease()
+
+    def borrow(self, job: Job) -> Lease | None:
+        """Another hold on the slots of a job that loads: they can be written whatever becomes of the job. None if it
+        does not load any more.
+        """
+        with self._lock:
+            if job.sequence.state is not State.LOADING:
+                return None
+            lease = self._pool.lease()
+            lease.share(job.sequence.slots())
+            return lease
+
+    def hold(self, keys: Seq[BlockKey]) -> tuple[Lease, dict[BlockKey, Slot]]:
+        """A hold on those of the blocks that are in the pool, and where they are."""
+        with self._lock:
+            lease, found = self._pool.lease(), self._pool.find(keys)
+            lease.share(list(found.values()))
+            return lease, found
 
     def release(self, lease: Lease) -> None:
         """End a lease. Its slots may now serve waiting sequences."""
@@ -211,8 +239,10 @@ class Engine:
             return None
 
     def _launch(self, chunks: list[Chunk], flying: deque[Launched]) -> None:
+        begun = time.perf_counter()
         try:
             flying.append(self.model.launch(chunks))
+            self.pace.launched(begun)
         except OutOfMemory as error:
             largest = max(chunks, key=lambda chunk: chunk.size).sequence
             log.warning("out of memory in a step of %d tokens; its largest request fails", sum(c.size for c in chunks))
@@ -226,6 +256,7 @@ class Engine:
     def _commit(self, tokens: list[Token]) -> None:
         with self._lock:
             updates: list[tuple[Job, Update]] = []
+            self.pace.committed(sum(chunk.size for chunk in self.scheduler.flight[0]))
             for sequence, token in self.scheduler.commit(tokens):
                 job = self._jobs[sequence]
                 if token is None:
@@ -271,8 +302,14 @@ class Engine:
 
     def _deliver(self, updates: list[tuple[Job, Update]]) -> None:
         """One wake-up of the event loop for all updates of a step."""
-        if updates and self._loop is not None and not self._loop.is_closed():
+        if self._loop is None or self._loop.is_closed():
+            return
+        if updates:
             self._loop.call_soon_threadsafe(_push_all, updates)
+        if fresh := self.scheduler.fresh:
+            self.scheduler.fresh = []
+            if self._published is not None:
+                self._loop.call_soon_threadsafe(self._published, fresh)
 
     def _check(self) -> None:
         """The account must balance whenever nothing is computed."""

@@ -140,6 +140,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by (priority, order)
         self.running: list[Sequence] = []  # LOADING or RUNNING, in order of admission
         self._arrivals = 0
+        self.fresh: list[BlockKey] = []  # blocks that became findable; whoever wants to know takes them out
         self.flight: deque[list[Chunk]] = deque()  # steps that are planned but not committed, oldest first
 
     # -- what others ask for -------------------------------------------------------------------------------------
@@ -316,6 +317,7 @@ class Scheduler:
             sequence.extend_keys(self.block_tokens)
         for index in range(sequence.published, full):
             self.pool.publish(sequence.slots()[index], sequence.keys[index])
+        self.fresh += sequence.keys[sequence.published : full]
         sequence.published = max(sequence.published, full)
         exports = sequence.exports
         if exports is not None and exports.alive:

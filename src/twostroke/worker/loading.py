@@ -10,18 +10,30 @@ import torch
 
 from twostroke import models
 from twostroke.api.server import bind
-from twostroke.config import CPU_KV_MEMORY, TOKEN_BUDGET, EngineConfig, WorkerConfig
+from twostroke.config import (
+    CPU_KV_MEMORY,
+    TOKEN_BUDGET,
+    DiskTier,
+    EngineConfig,
+    HostTier,
+    TierConfig,
+    WorkerConfig,
+)
 from twostroke.engine.engine import Engine
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Limits
 from twostroke.errors import MemoryTooSmall, StartupError
+from twostroke.kv.layout import Layout
 from twostroke.kv.memory import PoolMemory, SlotMemory
 from twostroke.kv.pool import Pool
 from twostroke.links.link import Link
 from twostroke.links.shm import SharedMemoryLink
-from twostroke.links.staging import staging
+from twostroke.links.staging import Staging, staging
 from twostroke.links.tcp import TcpLink, TcpServer
 from twostroke.messages import CudaMemory, MemoryFile, ModelCard, PoolAddress, TcpEndpoint
+from twostroke.store.disk import disk_tier
+from twostroke.store.host import host_tier
+from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -38,6 +50,8 @@ class Loaded:
     links: tuple[Link, ...]  # what we read other workers' pools with, best first
     server: TcpServer | None  # sends our slots over TCP; starts with the producer
     offers: tuple[PoolAddress, ...]  # every way in which others may read our pool, best first
+    staging: Callable[[], Staging]  # makes access to our slots, for each thread that asks
+    tiers: tuple[Tier, ...]  # of our store, not yet open
 
     def close(self) -> None:
         """Let go of pools, ours and others'. The engine has stopped."""
@@ -97,11 +111,21 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         links.append(mapping)
         offers.append(memory.address)
     server: TcpServer | None = None
+    access = staging(slots)
     if config.link in ("auto", TcpEndpoint.link):
-        server = TcpServer(bind(config.host, 0), memory.address, staging(slots), secret)
-        links.append(TcpLink(memory.address, staging(slots), secret))
+        server = TcpServer(bind(config.host, 0), memory.address, access, secret)
+        links.append(TcpLink(memory.address, access, secret))
         offers.append(server.address)
-    return Loaded(card, tokenizer, engine, memory, tuple(links), server, tuple(offers))
+    tiers = tuple(_make_tier(tier, model.layout, config.name) for tier in config.store)
+    return Loaded(card, tokenizer, engine, memory, tuple(links), server, tuple(offers), access, tiers)
+
+
+def _make_tier(config: TierConfig, layout: Layout, owner: str) -> Tier:
+    match config:
+        case HostTier(size):
+            return host_tier(layout.block_bytes, size)
+        case DiskTier(path, size):
+            return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
 
 
 def _mapping_link(device: str) -> str:

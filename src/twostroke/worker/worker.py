@@ -18,14 +18,17 @@ from twostroke.config import WorkerConfig, cluster_secret
 from twostroke.engine.engine import Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
 from twostroke.messages import ModelCard, Output, Request, Sampling, Slots, Ticket, WorkerInfo, WorkerState
+from twostroke.store.store import Store
 from twostroke.tokenizer import Tokenizer
 from twostroke.worker.consumer import Peer, Pull
 from twostroke.worker.internal import internal_routes
 from twostroke.worker.loading import Loaded, load
+from twostroke.worker.offload import Offload
 from twostroke.worker.producer import Producer
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
+_HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
 
@@ -43,6 +46,7 @@ class Worker:
         self._session: aiohttp.ClientSession | None = None
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
+        self._offload: Offload | None = None
         self.producer: Producer | None = None
         self.lifecycle = Lifecycle(config.name)
         self.lifecycle.watch(self._gauges)
@@ -62,6 +66,13 @@ class Worker:
         loaded.engine.start(loop, died.set)
         self._say("warming up")
         await _warm_up(loaded)
+        if loaded.tiers:
+            self._say("opening the store")
+            slots = loaded.engine.load().slots.total
+            store = Store(loaded.tiers, loaded.engine.model.layout.block_bytes, most=max(1, slots // _HELD_SHARE))
+            self._offload = Offload(loaded.engine, store, loaded.staging, self.lifecycle)
+            self.lifecycle.watch_store(store.reports)
+            await self._offload.open()
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.producer = Producer(
             loaded.engine,
@@ -85,6 +96,8 @@ class Worker:
             await self._session.close()
         if self._loaded is not None:
             await asyncio.to_thread(self._loaded.engine.stop)
+            if self._offload is not None:
+                await self._offload.close()
             self._loaded.close()
 
     def _say(self, detail: str) -> None:
@@ -114,7 +127,8 @@ class Worker:
             self._pulled[request.id] = asyncio.Event()
         elif ticket is not None:
             await self._first_choice(request)
-        job = loaded.engine.submit(request, loads=pulls)
+        stored = [] if pulls else await self._find(request)
+        job = loaded.engine.submit(request, loads=pulls or bool(stored))
         self._jobs[job] = request.http_id
         pull: asyncio.Task[None] | None = None
         outcome, outputs = "aborted", 0
@@ -127,6 +141,8 @@ class Worker:
                     yield update
                 elif isinstance(update, Admitted) and pulls and ticket is not None and pull is None:
                     pull = asyncio.create_task(self._pull(loaded, job, update, ticket))
+                elif isinstance(update, Admitted) and stored and pull is None:
+                    pull = asyncio.create_task(self._load(job, update, stored))
         except RequestError as error:
             outcome = "failed"
             self.lifecycle.stamp(request.id, outcome, reason=error.code or error.kind)
@@ -221,6 +237,18 @@ class Worker:
             job.push(EngineFailed("the hand-over failed; the worker's log says how"))
         self._pulled[request.id].set()
 
+    async def _find(self, request: Request) -> list[int]:
+        """Which blocks of a request the store has, and where."""
+        return await self._offload.find(request) if self._offload is not None else []
+
+    async def _load(self, job: Job, admitted: Admitted, stored: Sequence[int]) -> None:
+        assert self._offload, "what was found was found in a store"
+        try:
+            await self._offload.load(job, admitted, stored)
+        except Exception:  # as for a hand-over
+            log.exception("request %s could not be loaded", job.sequence.request.id)
+            job.push(EngineFailed("the store failed; the worker's log says how"))
+
     async def _produce(self, request: Request, ticket: Ticket) -> None:
         assert self.producer is not None, "a ready worker has a producer"
         handover = f"{ticket.id}/{request.prompt_index}"
@@ -231,9 +259,17 @@ class Worker:
             raise
         one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
         request = msgspec.structs.replace(request, sampling=one_token)
-        async with aclosing(self.producer.produce(request, handover, ticket.attempt)) as updates:
-            async for job, update in updates:
-                self._observe(job, update, first=True)
+        stored = await self._find(request)
+        produced = self.producer.produce(request, handover, ticket.attempt, loads=bool(stored))
+        load: asyncio.Task[None] | None = None
+        try:
+            async with aclosing(produced) as updates:
+                async for job, update in updates:
+                    self._observe(job, update, first=True)
+                    if isinstance(update, Admitted) and stored and load is None:
+                        load = asyncio.create_task(self._load(job, update, stored))
+        finally:
+            await end(load)
         self.lifecycle.stamp(request.id, "finished", reason="handover", output_tokens=1)
 
     def _observe(self, job: Job, update: Update, *, first: bool) -> None:

@@ -1,0 +1,217 @@
+"""Between engine and store: a request's prefix is loaded into its slots, and what the pool has sinks into the store."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from twostroke.api.lifecycle import Lifecycle
+from twostroke.engine.engine import Admitted, Engine, Job
+from twostroke.kv.keys import BlockKey, block_keys, root_key
+from twostroke.kv.pool import Slot
+from twostroke.links.staging import Staging
+from twostroke.messages import Request
+from twostroke.store.choice import choose
+from twostroke.store.format import Sealed, seal
+from twostroke.store.store import Hold, Store
+
+log = logging.getLogger(__name__)
+_TRIAL_BLOCKS = 4  # loaded from a tier of unknown speed before anything else is decided
+_LEAST_PATIENCE = 0.5  # seconds that a load may take, however fast computing would be
+
+
+class _Gate:
+    """Lets threads through until it is closed; who closes it waits for those inside."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._open = True
+
+    def enter(self) -> bool:
+        """Whether one may go in; then ``leave`` must follow."""
+        with self._changed:
+            self._inside += self._open
+            return self._open
+
+    def leave(self) -> None:
+        """Out again."""
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody is inside when this returns, and nobody enters any more. Inside, one copies a single block."""
+        with self._changed:
+            self._open = False
+            self._changed.wait_for(lambda: not self._inside)
+
+
+class _Slots:
+    """Slots of the pool as the source or target of a tier, until they are ``close``d."""
+
+    def __init__(self, slots: Sequence[Slot], staging: Callable[[], Staging]) -> None:
+        self._slots = slots
+        self._staging = staging
+        self._gate = _Gate()
+
+    def block(self, index: int) -> Sealed | None:
+        """See ``Source.block``."""
+        if not self._gate.enter():
+            return None
+        try:
+            return seal(self._staging().load(self._slots[index]))
+        finally:
+            self._gate.leave()
+
+    def place(self, index: int, block: Sealed) -> bool:
+        """See ``Target.place``."""
+        if not self._gate.enter():
+            return False
+        try:
+            staging, slot = self._staging(), self._slots[index]
+            staging.space(slot)[:] = block.payload
+            staging.store(slot)
+            return True
+        finally:
+            self._gate.leave()
+
+    def close(self) -> None:
+        """The slots are neither read nor written any more when this returns."""
+        self._gate.close()
+
+
+class _Hold:
+    """See ``Hold``."""
+
+    def __init__(self, engine: Engine, keys: Sequence[BlockKey], staging: Callable[[], Staging]) -> None:
+        self._engine = engine
+        self._lease, found = engine.hold(keys)
+        self.keys = list(found)
+        self.source = _Slots(list(found.values()), staging)
+
+    def release(self) -> None:
+        """See ``Hold.release``."""
+        self.source.close()
+        self._engine.release(self._lease)
+
+
+class Offload:
+    """The store of one worker, and what it does for its requests."""
+
+    def __init__(self, engine: Engine, store: Store, staging: Callable[[], Staging], lifecycle: Lifecycle) -> None:
+        """``staging``: makes access to the engine's pool for each thread that asks."""
+        self.store = store
+        self._engine = engine
+        self._lifecycle = lifecycle
+        self._make_staging = staging
+        self._local = threading.local()
+
+    async def open(self) -> None:
+        """Open the tiers, and let what becomes findable in the pool sink into them."""
+        await self.store.open(self)
+        self._engine.watch(self.store.offer)
+
+    async def close(self) -> None:
+        """Let go of the tiers. The engine has stopped, or goes on without a store."""
+        await self.store.close()
+
+    def hold(self, keys: Sequence[BlockKey]) -> Hold:
+        """See ``Origin.hold``."""
+        return _Hold(self._engine, keys, self._staging)
+
+    async def find(self, request: Request) -> list[int]:
+        """For each block of the prompt that need not be computed: which tier has it, of the longest prefix in any."""
+        return await self.store.find(self._keys(request))
+
+    async def load(self, job: Job, admitted: Admitted, where: Sequence[int]) -> None:
+        """Bring what is worth loading into the slots of a job that loads, and let it go on with that.
+
+        ``where``: what ``find`` said. On cancellation nothing writes into the slots any more once this is done.
+        """
+        lease = self._engine.borrow(job)
+        if lease is None:
+            return
+        try:
+            await self._load(job, lease.slots, admitted.computed // self._block_tokens, list(where))
+        finally:
+            self._engine.release(lease)
+        if job.sequence.finish is None:
+            self._engine.resume(job, None)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    @property
+    def _block_tokens(self) -> int:
+        return self._engine.model.layout.block_tokens
+
+    def _keys(self, request: Request) -> list[BlockKey]:
+        tokens = [*request.prompt, *request.output]
+        reusable = (len(tokens) - 1) // self._block_tokens * self._block_tokens
+        root = root_key(self._engine.model.layout.fingerprint, request.salt)
+        return block_keys(root, tokens[:reusable], self._block_tokens)
+
+    async def _load(self, job: Job, slots: Sequence[Slot], have: int, where: list[int]) -> None:
+        request = job.sequence.request
+        keys, first, began, why = self._keys(request), have, time.monotonic(), ""
+        loaded: dict[str, int] = {}
+        while have < len(where):
+            count, why = self._worthwhile(where[have:])
+            if not count:
+                break
+            level = where[have]
+            end = have + next((i for i, other in enumerate(where[have : have + count]) if other != level), count)
+            end = min(end, have + self._batch(level))
+            got = await self._fetch(level, keys[have:end], slots[have:end])
+            if got:
+                have += got
+                name = self.store.stages[level].name
+                loaded[name] = loaded.get(name, 0) + got
+                self._engine.loaded(job, have * self._block_tokens)
+            if have < end:  # evicted or damaged meanwhile, or the tier has failed: is there another one?
+                again = await self.store.find(keys[have:])
+                if not got and again[:1] == [level]:
+                    break
+                where = [*where[:have], *again]
+        if where:
+            self._lifecycle.stamp(
+                request.id,
+                "store",
+                found_blocks=len(where),
+                pool_blocks=first,
+                loaded_blocks=have - first,
+                bytes=(have - first) * self.store.block_bytes,
+                tiers=", ".join(f"{name} {count}" for name, count in loaded.items()),
+                load_ms=round((time.monotonic() - began) * 1e3, 3),
+                why=why,
+            )
+
+    def _worthwhile(self, where: Sequence[int]) -> tuple[int, str]:
+        rates = [stage.reads.rate for stage in self.store.stages]
+        return choose([None if not rates[level] else 1 / (rates[level] or 1) for level in where], self._compute_seconds)
+
+    @property
+    def _compute_seconds(self) -> float | None:
+        """To compute a block."""
+        pace = self._engine.pace.rate
+        return self._block_tokens / pace if pace else None
+
+    def _batch(self, level: int) -> int:
+        return self.store.batch if self.store.stages[level].reads.rate else _TRIAL_BLOCKS
+
+    async def _fetch(self, level: int, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> int:
+        """How many of the first blocks came into the slots, in twice the time that computing them would take."""
+        seconds = self._compute_seconds
+        patience = None if seconds is None else max(_LEAST_PATIENCE, 2 * len(keys) * seconds)
+        target = _Slots(slots, self._staging)
+        try:
+            return await self.store.get(level, keys, target, patience)
+        finally:
+            target.close()
+
+    def _staging(self) -> Staging:
+        """This thread's access to the pool."""
+        if not hasattr(self._local, "staging"):
+            self._local.staging = self._make_staging()
+        staging: Staging = self._local.staging
+        return staging
