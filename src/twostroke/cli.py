@@ -56,7 +56,7 @@ class EngineOptions:
     threads: int | None = None
     "CPU threads of each worker. [default: all; up divides them]"
     store: str | None = None
-    "Tiers for KV blocks that leave the pool, fastest first: host:8GiB,disk:/path:100GiB. Sizes are each worker's."
+    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
