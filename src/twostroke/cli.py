@@ -56,7 +56,7 @@ class EngineOptions:
     threads: int | None = None
     "CPU threads of each worker. [default: all; up divides them]"
     store: str | None = None
-    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB."
+    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/shared."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.

@@ -48,7 +48,17 @@ class DiskTier(Struct, frozen=True, forbid_unknown_fields=True, tag="disk"):
         return f"disk:{self.path}:{self.size}"
 
 
-TierConfig = HostTier | DiskTier
+class DirectoryTier(Struct, frozen=True, forbid_unknown_fields=True, tag="dir"):
+    """KV blocks in files under a path that many workers share."""
+
+    path: Path
+    size: int | None = None  # bytes; None is no limit
+
+    def __str__(self) -> str:
+        return f"dir:{self.path}" + (f":{self.size}" if self.size is not None else "")
+
+
+TierConfig = HostTier | DiskTier | DirectoryTier
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -171,7 +181,8 @@ def parse_store(text: str | None) -> tuple[TierConfig, ...]:
         StartupError: a tier is none, incomplete, or there twice.
     """
     tiers = tuple(_parse_tier(part.strip()) for part in text.split(",")) if text else ()
-    if twice := {str(tier).rpartition(":")[0] for tier in tiers if sum(_same(tier, other) for other in tiers) > 1}:
+    kinds = [str(tier).partition(":")[0] for tier in tiers]
+    if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
         raise StartupError(f"--store has {', '.join(sorted(twice))} more than once")
     return tiers
 
@@ -183,11 +194,13 @@ def _parse_tier(text: str) -> TierConfig:
         return HostTier(parse_size(rest))
     if kind == "disk" and path:
         return DiskTier(Path(path), parse_size(size))
-    raise StartupError(f"--store {text!r} is no tier; write for example host:8GiB or disk:/var/cache/kv:100GiB")
-
-
-def _same(tier: TierConfig, other: TierConfig) -> bool:
-    return str(tier).rpartition(":")[0] == str(other).rpartition(":")[0]
+    if kind == "dir" and rest:
+        return (
+            DirectoryTier(Path(path), parse_size(size)) if path and _SIZE.fullmatch(size) else DirectoryTier(Path(rest))
+        )
+    raise StartupError(
+        f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB or dir:/mnt/shared"
+    )
 
 
 def check_device(text: str, *, auto: bool = True) -> str:

@@ -149,10 +149,10 @@ class Engine:
                 self._admit()
                 self._lock.notify()
 
-    def loaded(self, job: Job, tokens: int) -> None:
-        """The KV of the first ``tokens`` tokens is in the job's slots, verified."""
+    def loaded(self, job: Job, tokens: int, *, stored: bool = False) -> None:
+        """The KV of the first ``tokens`` tokens is in the job's slots, verified. ``stored``: of an earlier request."""
         with self._lock:
-            self.scheduler.loaded(job.sequence, tokens)
+            self.scheduler.loaded(job.sequence, tokens, stored=stored)
             self._deliver([(job, Progress(tokens))])
 
     def ending(self, job: Job, token: Token) -> FinishReason | None:

@@ -161,10 +161,15 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def loaded(self, sequence: Sequence, tokens: int) -> None:
-        """The KV of the first ``tokens`` tokens of a LOADING sequence is in its slots, verified."""
+    def loaded(self, sequence: Sequence, tokens: int, *, stored: bool = False) -> None:
+        """The KV of the first ``tokens`` tokens of a LOADING sequence is in its slots, verified.
+
+        ``stored``: it was computed for an earlier request.
+        """
         assert sequence.state is State.LOADING, f"{sequence.state} sequence cannot load"
         sequence.computed = sequence.scheduled = max(sequence.computed, tokens)
+        if stored and not sequence.outputs:
+            sequence.cached = sequence.computed
         self._publish(sequence)
 
     def resume(self, sequence: Sequence, first: Token | None = None) -> None:

@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nothing can be written, but read
 PAGE = mmap.PAGESIZE  # alignment of memory, offsets and sizes; a multiple of every disk's sector
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import PAGE
+from twostroke.store.direct import NO_ROOM, PAGE
 from twostroke.store.eviction import Lru, Policy
 from twostroke.store.format import Corrupt, Sealed
 from twostroke.store.segment import Segment
@@ -88,9 +88,9 @@ class _Folder:
         try:
             segment = Segment.create(self._directory, name, self._slots, self._block_bytes, layout)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in NO_ROOM:
                 raise
-            log.warning("%s: the disk is full: the tier stays at %d blocks", self._path, self.size())
+            log.warning("%s: the tier stays at %d blocks: %s", self._path, self.size(), error.strerror)
             self._retry = time.monotonic() + _RETRY_SECONDS
             return self.size()
         self._next += 1

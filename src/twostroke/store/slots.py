@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from twostroke.kv.keys import BlockKey
+from twostroke.store.direct import NO_ROOM
 from twostroke.store.eviction import Policy
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.shelf import Shelf
@@ -13,6 +15,7 @@ from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
 
 log = logging.getLogger(__name__)
+_PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
 
 
 class Medium(Protocol):
@@ -32,7 +35,7 @@ class Medium(Protocol):
         ...
 
     def grow(self) -> int:
-        """Make more slots if the budget allows; how many there are now."""
+        """Make more slots if the budget allows; how many there are now. Never called twice at once."""
         ...
 
     def read(self, slot: int, key: BlockKey) -> Sealed:
@@ -67,8 +70,10 @@ class SlotTier:
         self._capacity = capacity
         self._threads = Threads(threads, name)
         self._shelf = Shelf(0, policy())
+        self._paused = 0.0  # until when nothing is written
         self._damaged = 0
         self._evictions = 0  # of earlier shelves
+        self._growing = asyncio.Lock()
         self._using = 0  # calls that hold slots of the present shelf
         self._idle = asyncio.Event()
         self._idle.set()
@@ -107,13 +112,18 @@ class SlotTier:
                 shelf.unpin(key, slot)
             self._use(-1)
         await self._give_up([i for i, result in enumerate(results) if isinstance(result, Corrupt)], keys, slots)
-        _check(results)
+        try:
+            _check(results)
+        except OSError as error:
+            raise TierFailed(_why(error)) from error
         return next((i for i, result in enumerate(results) if result is not True), len(results))
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""
         shelf = self._shelf
         missing = [i for i, here in enumerate(shelf.contains(keys)) if not here]
+        if not missing or time.monotonic() < self._paused:
+            return len(keys) - len(missing)
         taken: list[tuple[int, BlockKey, int]] = []
         written: set[BlockKey] = set()
         self._use(1)
@@ -129,7 +139,10 @@ class SlotTier:
             written = {key for _, key, _ in done}
             _check(results)
         except OSError as error:
-            raise TierFailed(_why(error)) from error
+            if error.errno not in NO_ROOM:
+                raise TierFailed(_why(error)) from error
+            log.warning("%s: nothing is written for %.0f s: %s", self.name, _PAUSE_SECONDS, _why(error))
+            self._paused = time.monotonic() + _PAUSE_SECONDS
         finally:
             # From the last to the first, so that a prefix is evicted after what depends on it.
             for _, key, _ in reversed(taken):
@@ -155,11 +168,12 @@ class SlotTier:
 
     async def _make_room(self, count: int) -> None:
         """Have the medium grow until ``count`` slots are free, or it cannot."""
-        while self._shelf.free < count:
-            size = await self._threads.run(self._medium.grow)
-            if size == self._shelf.total:
-                break
-            self._shelf.extend(size)
+        async with self._growing:
+            while self._shelf.free < count:
+                size = await self._threads.run(self._medium.grow)
+                if size == self._shelf.total:
+                    break
+                self._shelf.extend(size)
 
     def _store(self, source: Source, index: int, key: BlockKey, slot: int) -> bool | OSError:
         block = source.block(index)
@@ -188,9 +202,10 @@ class SlotTier:
 
 
 def _check(results: Sequence[object]) -> None:
+    """Raise the first ``OSError`` among them."""
     for result in results:
         if isinstance(result, OSError):
-            raise TierFailed(_why(result)) from result
+            raise result
 
 
 def _why(error: OSError) -> str:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
+from twostroke import config as configs
 from twostroke import models
 from twostroke.api.server import bind
 from twostroke.config import (
     CPU_KV_MEMORY,
     TOKEN_BUDGET,
-    DiskTier,
     EngineConfig,
-    HostTier,
     TierConfig,
     WorkerConfig,
 )
@@ -31,6 +30,7 @@ from twostroke.links.shm import SharedMemoryLink
 from twostroke.links.staging import Staging, staging
 from twostroke.links.tcp import TcpLink, TcpServer
 from twostroke.messages import CudaMemory, MemoryFile, ModelCard, PoolAddress, TcpEndpoint
+from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import host_tier
 from twostroke.store.tier import Tier
@@ -122,10 +122,12 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
 
 def _make_tier(config: TierConfig, layout: Layout, owner: str) -> Tier:
     match config:
-        case HostTier(size):
+        case configs.HostTier(size):
             return host_tier(layout.block_bytes, size)
-        case DiskTier(path, size):
+        case configs.DiskTier(path, size):
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
+        case configs.DirectoryTier(shared, limit):
+            return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
 
 
 def _mapping_link(device: str) -> str:

@@ -167,7 +167,7 @@ class Offload:
                 have += got
                 name = self.store.stages[level].name
                 loaded[name] = loaded.get(name, 0) + got
-                self._engine.loaded(job, have * self._block_tokens)
+                self._engine.loaded(job, have * self._block_tokens, stored=True)
             if have < end:  # evicted or damaged meanwhile, or the tier has failed: is there another one?
                 again = await self.store.find(keys[have:])
                 if not got and again[:1] == [level]:
