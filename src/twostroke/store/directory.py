@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _THREADS = 8  # on a network's file system each waits most of the time
 _SCAN_SECONDS = 5.0  # between looks at what others have written, while we write
 _TOUCH_SECONDS = 60.0  # a file that was used is marked as used at most this often
-_PAUSE_SECONDS = 30.0  # without writing after the file system was full
+PAUSE_SECONDS = 30.0  # without writing after the file system was full
 _STALE_SECONDS = 3600.0  # after which an unfinished file is somebody's who died
 _MOST_BAD = 16  # damaged files that are kept
 _SPARE = 0.95  # of the budget is left in place when something has to go
@@ -120,12 +120,9 @@ class DirectoryTier:
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise TierFailed(str(error)) from error
-            log.warning("%s: nothing is written for %.0f s: %s", self._root, _PAUSE_SECONDS, error.strerror)
-            self._paused = time.monotonic() + _PAUSE_SECONDS
+            log.warning("%s: nothing is written for %.0f s: %s", self._root, PAUSE_SECONDS, error.strerror)
+            self._paused = time.monotonic() + PAUSE_SECONDS
             return sum(key in self._known for key in keys)
-        for key, here in zip(keys, stored, strict=True):
-            if here:
-                self._known[key] = time.monotonic()
         return sum(stored)
 
     def usage(self) -> Usage:
@@ -214,6 +211,7 @@ class DirectoryTier:
 
     def _store(self, key: BlockKey, source: Source, index: int) -> bool:
         if self._exists(key):
+            self._known.setdefault(key, 0.0)
             return True
         block = source.block(index)
         if block is None:
@@ -236,6 +234,7 @@ class DirectoryTier:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+        self._known[key] = time.monotonic()
         return True
 
     def _mark(self, keys: Sequence[BlockKey]) -> None:

@@ -25,7 +25,7 @@ from twostroke.store.slots import SlotTier
 log = logging.getLogger(__name__)
 _THREADS = 4
 _SEGMENTS = 32  # of a full tier, about
-_RETRY_SECONDS = 30.0  # between attempts to grow on a full disk
+RETRY_SECONDS = 30.0  # between attempts to grow on a full disk
 _MOST_OWNERS = 64  # of one name
 _SPECIAL = re.compile(r"[^A-Za-z0-9.-]")  # not in the name of a folder
 SUFFIX = ".segment"
@@ -91,7 +91,7 @@ class _Folder:
             if error.errno not in NO_ROOM:
                 raise
             log.warning("%s: the tier stays at %d blocks: %s", self._path, self.size(), error.strerror)
-            self._retry = time.monotonic() + _RETRY_SECONDS
+            self._retry = time.monotonic() + RETRY_SECONDS
             return self.size()
         self._next += 1
         self._add(segment)

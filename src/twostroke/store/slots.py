@@ -15,7 +15,7 @@ from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
 
 log = logging.getLogger(__name__)
-_PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
+PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
 
 
 class Medium(Protocol):
@@ -141,8 +141,8 @@ class SlotTier:
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise TierFailed(_why(error)) from error
-            log.warning("%s: nothing is written for %.0f s: %s", self.name, _PAUSE_SECONDS, _why(error))
-            self._paused = time.monotonic() + _PAUSE_SECONDS
+            log.warning("%s: nothing is written for %.0f s: %s", self.name, PAUSE_SECONDS, _why(error))
+            self._paused = time.monotonic() + PAUSE_SECONDS
         finally:
             # From the last to the first, so that a prefix is evicted after what depends on it.
             for _, key, _ in reversed(taken):
