@@ -130,10 +130,14 @@ class Engine:
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, loads: bool = False, exports: Lease | None = None) -> Job:
-        """Queue a request. ``loads``: once it has slots, wait for ``loaded`` and ``resume``."""
+    def submit(
+        self, request: Request, *, loads: bool = False, reloads: bool = False, exports: Lease | None = None
+    ) -> Job:
+        """Queue a request. ``loads``: once it has slots, wait for ``loaded`` and ``resume``; ``reloads``: also whenever
+        it has slots again after it was preempted.
+        """
         root = root_key(self.model.layout.fingerprint, request.salt)
-        job = Job(Sequence(request, root, loads=loads, exports=exports))
+        job = Job(Sequence(request, root, loads=loads, reloads=reloads, exports=exports))
         with self._lock:
             self._jobs[job.sequence] = job
             self.scheduler.add(job.sequence)
@@ -179,6 +183,11 @@ class Engine:
             lease = self._pool.lease()
             lease.share(job.sequence.slots())
             return lease
+
+    def has(self, keys: Seq[BlockKey]) -> set[BlockKey]:
+        """Which of the blocks are in the pool."""
+        with self._lock:
+            return set(self._pool.find(keys))
 
     def hold(self, keys: Seq[BlockKey]) -> tuple[Lease, dict[BlockKey, Slot]]:
         """A hold on those of the blocks that are in the pool, and where they are."""

@@ -5,7 +5,7 @@ A sequence waits, then holds slots for all its tokens and runs, until it is fini
     WAITING ──admit──▶ RUNNING ──finish──▶ FINISHED
      ▲    │              │   ▲
      │    └─▶ LOADING ───│───┘  resume: its blocks came from elsewhere (a hand-over; later a store)
-     └──────preempt──────┘
+     └──────preempt──────┘        its blocks can be loaded again then
 
 A step computes, for each running sequence, some of the tokens whose KV is not there yet. Prefill, a chunk of prefill,
 decode, recomputing after a preemption, and computing what was generated elsewhere are all that one thing.
@@ -42,14 +42,23 @@ class Sequence:
     """
 
     __slots__ = (
-        "cached", "computed", "exports", "finish", "keys", "lease", "loads", "order", "published", "request", "root",
-        "scheduled", "state", "tokens",
+        "cached", "computed", "exports", "finish", "keys", "lease", "loads", "order", "published", "reloads", "request",
+        "root", "scheduled", "state", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: Request, root: BlockKey, *, loads: bool = False, exports: Lease | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        root: BlockKey,
+        *,
+        loads: bool = False,
+        reloads: bool = False,
+        exports: Lease | None = None,
+    ) -> None:
         self.request = request
         self.root = root  # parent key of the first block
         self.loads = loads  # stop at LOADING once admitted, for somebody else to bring blocks
+        self.reloads = reloads  # the same whenever it is admitted again after it was preempted
         self.exports = exports  # also holds every prompt block as soon as it is computed; outlives the sequence
         self.tokens = [*request.prompt, *request.output]
         self.keys: list[BlockKey] = []  # of full blocks of ``tokens``, as far as they were needed
@@ -306,6 +315,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
+        sequence.loads = sequence.reloads
         self.running.remove(sequence)
         self._enqueue(sequence)
 

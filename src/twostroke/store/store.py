@@ -96,6 +96,16 @@ class Store:
         self.stages[level].count("hits", got)
         return got
 
+    async def lift(self, keys: Sequence[BlockKey], where: Sequence[int]) -> None:
+        """Bring blocks from lower tiers, each from the one that ``where`` names, into the first."""
+        for level in range(1, len(self.stages)):
+            below = [key for key, place in zip(keys, where, strict=True) if place == level]
+            for first in range(0, len(below), self.batch):
+                relay = Relay(below[first : first + self.batch])
+                await self.stages[level].get(below[first : first + self.batch], relay)
+                relay.end()
+                await self.stages[0].put(relay.keys, relay)
+
     def offer(self, keys: Sequence[BlockKey]) -> None:
         """These blocks can be found in the pool: every tier shall have them. Returns at once."""
         for stage, pending, wake in zip(self.stages, self._pending, self._wake, strict=True):

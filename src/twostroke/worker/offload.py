@@ -1,19 +1,24 @@
 """Between engine and store: a request's prefix is loaded into its slots, and what the pool has sinks into the store."""
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from twostroke.api.lifecycle import Lifecycle
-from twostroke.engine.engine import Admitted, Engine, Job
+from twostroke.engine.engine import Admitted, Engine, Job, Update
+from twostroke.errors import EngineFailed
 from twostroke.kv.keys import BlockKey, block_keys, root_key
 from twostroke.kv.pool import Slot
 from twostroke.links.staging import Staging
-from twostroke.messages import Request
+from twostroke.messages import Output, Request
 from twostroke.store.choice import choose
 from twostroke.store.format import Sealed, seal
 from twostroke.store.store import Hold, Store
+from twostroke.worker.flights import Flight, Flights
+from twostroke.worker.tasks import end
 
 log = logging.getLogger(__name__)
 _TRIAL_BLOCKS = 4  # loaded from a tier of unknown speed before anything else is decided
@@ -106,11 +111,12 @@ class Offload:
         self._lifecycle = lifecycle
         self._make_staging = staging
         self._local = threading.local()
+        self._flights = Flights()
 
     async def open(self) -> None:
         """Open the tiers, and let what becomes findable in the pool sink into them."""
         await self.store.open(self)
-        self._engine.watch(self.store.offer)
+        self._engine.watch(self._published)
 
     async def close(self) -> None:
         """Let go of the tiers. The engine has stopped, or goes on without a store."""
@@ -120,40 +126,71 @@ class Offload:
         """See ``Origin.hold``."""
         return _Hold(self._engine, keys, self._staging)
 
-    async def find(self, request: Request) -> list[int]:
-        """For each block of the prompt that need not be computed: which tier has it, of the longest prefix in any."""
-        return await self.store.find(self._keys(request))
+    async def prepare(self, request: Request, patience: float) -> "Fetch":
+        """Find out what of a prompt can be loaded, before it is submitted. Whoever needs blocks that another request is
+        about to bring waits for that, at most ``patience`` seconds: they are computed once.
+        """
+        keys = self._keys(request)
+        where = await self.store.find(keys)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while await self._flights.wait(keys, self._here(keys, where), request.priority):
+                    where = await self.store.find(keys)
+        here = self._here(keys, where)
+        missing = [key for key in keys if key not in here]
+        return Fetch(self, where, self._flights.begin(missing, request.priority))
 
-    async def load(self, job: Job, admitted: Admitted, where: Sequence[int]) -> None:
+    async def load(self, job: Job, admitted: Admitted, where: Sequence[int] | None = None) -> None:
         """Bring what is worth loading into the slots of a job that loads, and let it go on with that.
 
-        ``where``: what ``find`` said. On cancellation nothing writes into the slots any more once this is done.
+        ``where``: the tier of each block of the prompt that is in the store; looked up if it is not given. On
+        cancellation nothing writes into the slots any more once this is done.
         """
         lease = self._engine.borrow(job)
         if lease is None:
             return
         try:
+            if where is None:
+                where = await self.store.find(self._keys_of(job))
             await self._load(job, lease.slots, admitted.computed // self._block_tokens, list(where))
         finally:
             self._engine.release(lease)
         if job.sequence.finish is None:
             self._engine.resume(job, None)
 
+    async def prefetch(self, job: Job, where: Sequence[int]) -> None:
+        """While a job waits for slots, bring what it will load from lower tiers into the first one."""
+        await self.store.lift(self._keys_of(job)[: len(where)], where)
+
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _published(self, keys: list[BlockKey]) -> None:
+        self._flights.land(keys)
+        self.store.offer(keys)
 
     @property
     def _block_tokens(self) -> int:
         return self._engine.model.layout.block_tokens
 
+    def _here(self, keys: Sequence[BlockKey], where: Sequence[int]) -> set[BlockKey]:
+        return self._engine.has(keys) | set(keys[: len(where)])
+
     def _keys(self, request: Request) -> list[BlockKey]:
-        tokens = [*request.prompt, *request.output]
+        return self._reusable([*request.prompt, *request.output], request.salt)
+
+    def _keys_of(self, job: Job) -> list[BlockKey]:
+        """Of a job that is not computing: its tokens do not change."""
+        return self._reusable(job.sequence.tokens, job.sequence.request.salt)
+
+    def _reusable(self, tokens: Sequence[int], salt: str) -> list[BlockKey]:
+        """Keys of the blocks that need not be computed: the last token's does, since its logits are needed."""
         reusable = (len(tokens) - 1) // self._block_tokens * self._block_tokens
-        root = root_key(self._engine.model.layout.fingerprint, request.salt)
+        root = root_key(self._engine.model.layout.fingerprint, salt)
         return block_keys(root, tokens[:reusable], self._block_tokens)
 
     async def _load(self, job: Job, slots: Sequence[Slot], have: int, where: list[int]) -> None:
         request = job.sequence.request
-        keys, first, began, why = self._keys(request), have, time.monotonic(), ""
+        keys, first, began, why = self._keys_of(job), have, time.monotonic(), ""
         loaded: dict[str, int] = {}
         while have < len(where):
             count, why = self._worthwhile(where[have:])
@@ -215,3 +252,46 @@ class Offload:
             self._local.staging = self._make_staging()
         staging: Staging = self._local.staging
         return staging
+
+
+class Fetch:
+    """What the store does for one request, from before it is submitted until it has ended."""
+
+    def __init__(self, offload: Offload, where: list[int], flight: Flight) -> None:
+        """``where``: for each block of the longest prefix that is in the store, the first tier that has it."""
+        self._offload = offload
+        self._where = where
+        self._flight = flight
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def loads(self) -> bool:
+        """Whether there is anything to load."""
+        return bool(self._where)
+
+    def submitted(self, job: Job) -> None:
+        """The request's job waits, or has slots already."""
+        if self._where and not job.sequence.slots():
+            self._task = asyncio.create_task(self._offload.prefetch(job, self._where))
+
+    def observe(self, job: Job, update: Update) -> None:
+        """Something happened to the job."""
+        match update:
+            case Admitted() if update.again or self._where:
+                self._task = asyncio.create_task(self._load(job, update, self._task))
+            case Output():
+                self._flight.end()
+
+    async def end(self) -> None:
+        """Nothing is loaded any more when this returns."""
+        self._flight.end()
+        await end(self._task)
+
+    async def _load(self, job: Job, admitted: Admitted, before: asyncio.Task[None] | None) -> None:
+        await end(before)
+        stale = admitted.again or before is not None  # it was preempted, or blocks were moved while it waited
+        try:
+            await self._offload.load(job, admitted, None if stale else self._where)
+        except Exception:  # nobody awaits this task: what it does not foresee must still end the request
+            log.exception("request %s could not be loaded", job.sequence.request.id)
+            job.push(EngineFailed("the store failed; the worker's log says how"))

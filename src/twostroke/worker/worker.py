@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 import aiohttp
 import msgspec
@@ -23,8 +23,9 @@ from twostroke.tokenizer import Tokenizer
 from twostroke.worker.consumer import Peer, Pull
 from twostroke.worker.internal import internal_routes
 from twostroke.worker.loading import Loaded, load
-from twostroke.worker.offload import Offload
+from twostroke.worker.offload import Fetch, Offload
 from twostroke.worker.producer import Producer
+from twostroke.worker.tasks import end
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
@@ -127,22 +128,24 @@ class Worker:
             self._pulled[request.id] = asyncio.Event()
         elif ticket is not None:
             await self._first_choice(request)
-        stored = [] if pulls else await self._find(request)
-        job = loaded.engine.submit(request, loads=pulls or bool(stored))
+        fetch = None if pulls else await self._fetch(request)
+        job = loaded.engine.submit(request, loads=pulls or bool(fetch and fetch.loads), reloads=fetch is not None)
         self._jobs[job] = request.http_id
         pull: asyncio.Task[None] | None = None
+        if fetch:
+            fetch.submitted(job)
         outcome, outputs = "aborted", 0
         try:
             async for update in job.updates(self._config.queue_timeout):
                 self._observe(job, update, first=not (outputs or request.output))
+                if fetch:
+                    fetch.observe(job, update)
                 if isinstance(update, Output):
                     outputs += len(update.tokens)
                     outcome = "finished" if update.finish else outcome
                     yield update
                 elif isinstance(update, Admitted) and pulls and ticket is not None and pull is None:
                     pull = asyncio.create_task(self._pull(loaded, job, update, ticket))
-                elif isinstance(update, Admitted) and stored and pull is None:
-                    pull = asyncio.create_task(self._load(job, update, stored))
         except RequestError as error:
             outcome = "failed"
             self.lifecycle.stamp(request.id, outcome, reason=error.code or error.kind)
@@ -152,6 +155,8 @@ class Worker:
                 reason = job.sequence.finish or "abort"
                 self.lifecycle.stamp(request.id, outcome, reason=reason, output_tokens=outputs)
             await end(pull)
+            if fetch:
+                await fetch.end()
             if pulls:
                 self._pulled.pop(request.id).set()
             loaded.engine.abort(job)
@@ -237,17 +242,9 @@ class Worker:
             job.push(EngineFailed("the hand-over failed; the worker's log says how"))
         self._pulled[request.id].set()
 
-    async def _find(self, request: Request) -> list[int]:
-        """Which blocks of a request the store has, and where."""
-        return await self._offload.find(request) if self._offload is not None else []
-
-    async def _load(self, job: Job, admitted: Admitted, stored: Sequence[int]) -> None:
-        assert self._offload, "what was found was found in a store"
-        try:
-            await self._offload.load(job, admitted, stored)
-        except Exception:  # as for a hand-over
-            log.exception("request %s could not be loaded", job.sequence.request.id)
-            job.push(EngineFailed("the store failed; the worker's log says how"))
+    async def _fetch(self, request: Request) -> Fetch | None:
+        """What the store can do for a request that is about to be submitted. None without a store."""
+        return await self._offload.prepare(request, self._config.queue_timeout) if self._offload is not None else None
 
     async def _produce(self, request: Request, ticket: Ticket) -> None:
         assert self.producer is not None, "a ready worker has a producer"
@@ -259,17 +256,17 @@ class Worker:
             raise
         one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
         request = msgspec.structs.replace(request, sampling=one_token)
-        stored = await self._find(request)
-        produced = self.producer.produce(request, handover, ticket.attempt, loads=bool(stored))
-        load: asyncio.Task[None] | None = None
+        fetch = await self._fetch(request)
+        produced = self.producer.produce(request, handover, ticket.attempt, loads=bool(fetch and fetch.loads))
         try:
             async with aclosing(produced) as updates:
                 async for job, update in updates:
                     self._observe(job, update, first=True)
-                    if isinstance(update, Admitted) and stored and load is None:
-                        load = asyncio.create_task(self._load(job, update, stored))
+                    if fetch:
+                        fetch.observe(job, update)
         finally:
-            await end(load)
+            if fetch:
+                await fetch.end()
         self.lifecycle.stamp(request.id, "finished", reason="handover", output_tokens=1)
 
     def _observe(self, job: Job, update: Update, *, first: bool) -> None:
@@ -293,18 +290,6 @@ class Worker:
             return Gauges(0, 0)
         load = self._loaded.engine.load()
         return Gauges(load.running, load.waiting, load.slots)
-
-
-async def end(task: asyncio.Task[None] | None) -> None:
-    """Cancel a task and wait until it is over, however often we are cancelled meanwhile: it may still write into slots
-    that are released after this.
-    """
-    if task is None:
-        return
-    task.cancel()
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
 
 
 async def _warm_up(loaded: Loaded) -> None:
