@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twostroke import config
-from twostroke.config import RouterConfig, UpConfig
+from twostroke.config import DirectoryTier, DiskTier, HostTier, RouterConfig, UpConfig
 from twostroke.errors import StartupError
 
 
@@ -167,3 +167,35 @@ def test_unknown_keys_and_choices_are_errors(kind: type[RouterConfig | UpConfig]
     for fields in ({"prot": 1}, {"schedule": "sometimes"}, {"policy": "random"}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(fields, kind)
+
+
+def test_a_store_is_a_list_of_tiers() -> None:
+    text = "host:8GiB, disk:/var/kv:1.5TiB,dir:/mnt/shared:2G"
+    tiers = config.parse_store(text)
+    assert tiers == (
+        HostTier(8 << 30),
+        DiskTier(Path("/var/kv"), 3 << 39),
+        DirectoryTier(Path("/mnt/shared"), 2 << 30),
+    )
+    assert config.parse_store(",".join(map(str, tiers))) == tiers
+    assert config.parse_store("dir:/mnt/a:b") == (DirectoryTier(Path("/mnt/a:b")),)
+    assert config.parse_store("dir:/mnt") == (DirectoryTier(Path("/mnt")),)
+    assert config.parse_store(None) == config.parse_store("") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("host", "no tier"),
+        ("host:", "no tier"),
+        ("host:much", "not a size"),
+        ("disk:/path", "no tier"),
+        ("disk:/path:-1", "not a size"),
+        ("tape:1GiB", "no tier"),
+        ("host:1GiB,", "no tier"),
+        ("host:1GiB,host:2GiB", "host more than once"),
+    ],
+)
+def test_what_is_no_store(text: str, words: str) -> None:
+    with pytest.raises(StartupError, match=words):
+        config.parse_store(text)
