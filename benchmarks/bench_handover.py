@@ -22,9 +22,11 @@ _ids = random.Random(45)
 Json = Any
 
 
-async def ttft(session: aiohttp.ClientSession, url: str, tokens: int, request_id: str) -> float:
-    """Seconds from sending a fresh prompt until the first event of its stream."""
-    prompt = [_ids.randrange(100, 49_000) for _ in range(tokens)]
+async def ttft(
+    session: aiohttp.ClientSession, url: str, tokens: int, request_id: str, prompt: list[int] | None = None
+) -> float:
+    """Seconds from sending a prompt, a fresh one unless it is given, until the first event of its stream."""
+    prompt = prompt or [_ids.randrange(100, 49_000) for _ in range(tokens)]
     body = {"prompt": prompt, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True}
     start = time.perf_counter()
     async with session.post(f"{url}/v1/completions", json=body, headers={"x-request-id": request_id}) as reply:

@@ -1,4 +1,4 @@
-"""The command line: ``up``, ``serve``, ``router`` and ``chat``. Each verb fills a config and hands it to its process.
+"""The command line: ``up``, ``serve``, ``router``, ``chat``, ``kv``. A verb fills a config and hands it to its process.
 
 What a process needs is imported when its verb is chosen, so that ``--help`` and the router never wait for torch.
 """
@@ -6,6 +6,7 @@ What a process needs is imported when its verb is chosen, so that ``--help`` and
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -279,6 +280,86 @@ def chat(
     from twostroke.chat import Chat
 
     return Chat(url, system=system, temperature=temperature, max_tokens=max_tokens).run()
+
+
+kv = App(name="kv", help="Look at, check and clean what disk and directory tiers have left under PATH.")
+app.command(kv)
+
+
+@kv.command
+def stats(path: Path, /) -> int:
+    """What is there: blocks and bytes of each layout.
+
+    Parameters
+    ----------
+    path
+        As in --store disk:PATH:SIZE or dir:PATH.
+    """
+    from twostroke import kvs
+
+    return kvs.stats(path)
+
+
+@kv.command
+def ls(path: Path, /, *, limit: int = 50) -> int:
+    """List blocks, the youngest first.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    limit
+        Most blocks to list.
+    """
+    from twostroke import kvs
+
+    return kvs.ls(path, limit)
+
+
+@kv.command
+def verify(path: Path, /) -> int:
+    """Read every block and check it. The exit code is 1 if any is damaged; nothing is changed.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    """
+    from twostroke import kvs
+
+    return kvs.verify(path)
+
+
+@kv.command
+def gc(path: Path, /, *, keep: str | None = None) -> int:
+    """Remove what is damaged or unfinished. What running workers own is left alone.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    keep
+        In shared directories also the least recently used blocks, until each layout takes no more than this.
+    """
+    from twostroke import kvs
+
+    return kvs.gc(path, None if keep is None else parse_size(keep))
+
+
+@kv.command
+def clear(path: Path, /, *, fingerprint: str | None = None) -> int:
+    """Remove every block. What running workers own is left alone, and the exit code is 1 then.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    fingerprint
+        Only those of this layout.
+    """
+    from twostroke import kvs
+
+    return kvs.clear(path, fingerprint)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

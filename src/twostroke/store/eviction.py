@@ -2,7 +2,7 @@
 
 ``Lru`` is the simplest that works. ``S3Fifo`` resists scans: a block that is used once, such as those of a long prompt
 that never comes back, passes through a small queue without pushing out what is used again. (S3-FIFO: Yang et al.,
-"FIFO queues are all you need for cache eviction", SOSP 2023.) ``benchmarks/bench_eviction.py`` compares them.
+"FIFO queues are all you need for cache eviction", SOSP 2023.) ``benchmarks/bench_store.py`` compares them.
 """
 
 from collections import OrderedDict

@@ -90,6 +90,27 @@ class Segment:
             raise
         return cls(fd, slots, block_bytes, fingerprint, table)
 
+    @staticmethod
+    def payload_bytes(directory: int, name: str) -> int:
+        """How long the payloads of a segment are, as its file says.
+
+        Raises:
+            Corrupt: it is no segment.
+            OSError: it cannot be read.
+        """
+        fd = open_direct(name, os.O_RDONLY, dir_fd=directory)
+        try:
+            page = aligned(PAGE)
+            if os.fstat(fd).st_size < PAGE:
+                raise Corrupt("the file is cut off")
+            read_at(fd, page, 0)
+        finally:
+            os.close(fd)
+        magic, version, _, length, _ = _FIELDS.unpack(page[: _FIELDS.size])
+        if (magic, version) != (_MAGIC, VERSION) or not 0 < length < 1 << 40:
+            raise Corrupt(f"it is no segment of format {VERSION}")
+        return int(length)
+
     @property
     def size(self) -> int:
         """Bytes of its file."""

@@ -52,7 +52,7 @@ class _Gate:
             self._changed.wait_for(lambda: not self._inside)
 
 
-class _Slots:
+class SlotsEnd:
     """Slots of the pool as the source or target of a tier, until they are ``close``d."""
 
     def __init__(self, slots: Sequence[Slot], staging: Callable[[], Staging]) -> None:
@@ -93,7 +93,7 @@ class _Hold:
         self._engine = engine
         self._lease, found = engine.hold(keys)
         self.keys = list(found)
-        self.source = _Slots(list(found.values()), staging)
+        self.source = SlotsEnd(list(found.values()), staging)
 
     def release(self) -> None:
         """See ``Hold.release``."""
@@ -240,7 +240,7 @@ class Offload:
         """How many of the first blocks came into the slots, in twice the time that computing them would take."""
         seconds = self._compute_seconds
         patience = None if seconds is None else max(_LEAST_PATIENCE, 2 * len(keys) * seconds)
-        target = _Slots(slots, self._staging)
+        target = SlotsEnd(slots, self._staging)
         try:
             return await self.store.get(level, keys, target, patience)
         finally:
