@@ -158,8 +158,8 @@ class SharedFolder:
         try:
             header = unpack(buffer[:HEADER_BYTES])
             check(header, key, bytes.fromhex(self.fingerprint), header.length)
-        except Corrupt as error:
-            return Entry(key, 0, stat.st_mtime, str(error))
+        except Corrupt as broken:
+            return Entry(key, 0, stat.st_mtime, str(broken))
         error = _error(lambda: _payload(buffer, header)) if verified else None
         return Entry(key, header.length, header.written, error)
 
