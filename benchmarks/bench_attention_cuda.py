@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from benchmarks.common import Row, report, row
+from benchmarks.common import Row, filling, report, row
 from benchmarks.cuda_limits import limits, milliseconds
 from twostroke.engine.cuda_kernels import attend_one, gather
 from twostroke.engine.cuda_prefill import CudnnAttention, Shape
+from twostroke.engine.cuda_step import step_of
 
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 28, 28, 4, 128, 16
+HAS_FLASHINFER = find_spec("flashinfer") is not None  # flashinfer-python; it compiles its kernels at first use
 LAYER = 13  # any: the others lie between its blocks
 SCALE = DIM**-0.5
 DECODES = [
@@ -70,18 +73,61 @@ def error(out: torch.Tensor, right: torch.Tensor) -> float:
 def in_place(
     query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
-    """The engine's kernel."""
+    """The engine's kernel, which also stores the row's own K and V."""
+    rows, processors = len(query), torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.empty_like(query)
-    width = torch.tensor([table.shape[1]], device="cuda", dtype=torch.int32)
+    chunks = [filling(slots, BLOCK) for slots in table.tolist()]
+    step = step_of(chunks, BLOCK, {}, items=max(rows, 2 * processors // KV_HEADS))
+    _, _, places, _, work, sizes, *_ = (torch.from_numpy(array).cuda() for array in step.arrays())
+    last, arrived = table[:, -1].long(), torch.zeros(rows * KV_HEADS, device="cuda", dtype=torch.int32)
+    key, value = kv[last, LAYER, :, :, -1].unbind(1)
 
     def run() -> torch.Tensor:
         attend_one(
-            query, kv, LAYER, table, width, lengths, out, scale=SCALE, window=1 << 30,
-            processors=torch.cuda.get_device_properties(0).multi_processor_count,
+            query, key, value, kv, LAYER, places, table, sizes, lengths, work, arrived, out, rows=rows, scale=SCALE,
+            window=1 << 30,
         )  # fmt: skip
         return out
 
     return run
+
+
+def flashinfer_decode(
+    query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """FlashInfer, in place: its kernels take any stride from page to page."""
+    wrapper = import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(_workspace(), "HND", use_tensor_cores=True)
+    wrapper.plan(
+        *_pages(table, lengths), HEADS, KV_HEADS, DIM, BLOCK, q_data_type=query.dtype, kv_data_type=query.dtype
+    )
+    pool = kv[:, LAYER]
+    return lambda: wrapper.run(query, (pool[:, 0], pool[:, 1]))
+
+
+def flashinfer_prefill(
+    query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, backend: str
+) -> Callable[[], torch.Tensor]:
+    """FlashInfer, in place, by its kernels for Ampere ("fa2") or Hopper ("fa3"). ``query``: ``[heads, rows, dim]``."""
+    rows = query.transpose(0, 1).contiguous()
+    wrapper = import_module("flashinfer").BatchPrefillWithPagedKVCacheWrapper(_workspace(), "HND", backend=backend)
+    starts = torch.tensor([0, len(rows)], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([table.numel() * BLOCK], dtype=torch.int32, device="cuda")
+    pages = _pages(table[None], lengths)
+    wrapper.plan(
+        starts, *pages, HEADS, KV_HEADS, DIM, BLOCK, causal=True, q_data_type=query.dtype, kv_data_type=query.dtype
+    )
+    pool = kv[:, LAYER]
+    return lambda: wrapper.run(rows, (pool[:, 0], pool[:, 1]))
+
+
+def _workspace() -> torch.Tensor:
+    return torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+
+
+def _pages(table: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """Tables and lengths as FlashInfer has them: first pages of each sequence, all pages, tokens in the last pages."""
+    starts = torch.arange(len(table) + 1, dtype=torch.int32, device="cuda") * table.shape[1]
+    return [starts, table.reshape(-1), (lengths - 1) % BLOCK + 1]
 
 
 def decodes(cases: list[tuple[int, int]], bandwidth: float) -> list[Row]:
@@ -101,6 +147,8 @@ def decodes(cases: list[tuple[int, int]], bandwidth: float) -> list[Row]:
             "Triton, in place (used)": in_place(query, kv, table, lengths),
             "copied, SDPA": gathered_decode(query, kv, table),
         }
+        if HAS_FLASHINFER:
+            ways["FlashInfer, in place"] = flashinfer_decode(query, kv, table, lengths)
         for name, way in ways.items():
             wrong = error(way()[:2], right)
             assert wrong < 1e-2, f"{name}: {wrong}"
@@ -142,13 +190,19 @@ def prefills(cases: list[tuple[int, int]], rate: float) -> list[Row]:
             "torch varlen": partial(packed, query, wide[0], wide[1]),
             "FlexAttention": partial(flexible(count, context), query, keys, values),
         }
+        if HAS_FLASHINFER:
+            for backend in ("fa2", "fa3"):
+                try:
+                    ways[f"FlashInfer {backend}, in place"] = flashinfer_prefill(query[0], kv, table, backend)
+                except RuntimeError as failure:
+                    print(f"FlashInfer {backend}: {str(failure)[:150]}")
         if context:
             ways["SDPA, cuDNN, context and diagonal"] = partial(in_two, query, wide[0], wide[1])
         right = whole(query, wide[0], wide[1], SDPBackend.FLASH_ATTENTION)[0].transpose(0, 1).float()
         for name, work in ways.items():
             what = f"prefill {count} after {context}: {name}"
             try:
-                wrong = error(work().reshape(right.shape) if "frontend" in name else right, right)
+                wrong = error(work().reshape(right.shape) if "in place" in name or "frontend" in name else right, right)
                 assert wrong < 1e-2, f"{what}: {wrong}"
                 times = milliseconds(work)
             except (RuntimeError, TypeError, ImportError, NotImplementedError) as failure:

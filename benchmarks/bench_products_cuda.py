@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from benchmarks.common import Row, report, row
 from benchmarks.cuda_limits import limits, milliseconds
-from twostroke.engine.cuda_kernels import multiply
+from twostroke.engine.cuda_product import multiply
 
 SHAPES = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
 LAYERS = 28

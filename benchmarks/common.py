@@ -14,6 +14,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from twostroke.engine.scheduler import Chunk
+from twostroke.engine.scheduler import Sequence as Sequence_
+from twostroke.kv.keys import root_key
+from twostroke.kv.pool import Lease, Pool
+from twostroke.messages import Request, Sampling
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -60,6 +66,14 @@ def report(name: str, rows: Sequence[Row], **settings: object) -> None:
     RESULTS.mkdir(exist_ok=True)
     result = {"benchmark": name, "machine": machine(), "settings": settings, "rows": [asdict(one) for one in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def filling(slots: Sequence[int], block: int) -> Chunk:
+    """The last token of a sequence that fills these slots, to compute a step of."""
+    one = Sequence_(Request("r/0/0", [0] * (len(slots) * block), Sampling(1, 0)), root_key("", ""))
+    one.lease = Lease(Pool(1))
+    one.lease.slots = list(slots)
+    return Chunk(one, len(slots) * block - 1, 1, samples=True)
 
 
 def machine() -> dict[str, str]:

@@ -115,6 +115,18 @@ def test_loopback_needs_no_secret(host: str) -> None:
     config.check_bind(host, "")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1.evil.example", "127.evil.example", "10.0.0.1", "::", "", "0"])
+def test_what_only_looks_like_loopback(host: str) -> None:
+    assert not config.is_loopback(host)
+
+
+def test_hosts() -> None:
+    config.check_hosts(["10.0.0.1", "10.0.0.1:8100", "prefill-0.svc", "prefill_0:1", "::1", "[::1]:9"])
+    for host in ("", "http://10.0.0.1", "a b", "10.0.0.1:", "a/b", "[::1]:", "*"):
+        with pytest.raises(StartupError, match="no host"):
+            config.check_hosts([host])
+
+
 def test_other_addresses_need_a_secret_or_the_word() -> None:
     with pytest.raises(StartupError, match="TWOSTROKE_SECRET"):
         config.check_bind("0.0.0.0", "")

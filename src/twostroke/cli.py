@@ -161,6 +161,7 @@ def serve(
     served_name: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8100,
+    bootstrap_hosts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     max_queue: int = 1024,
     link: config.LinkChoice = "auto",
     insecure: bool = False,
@@ -183,6 +184,8 @@ def serve(
         Address to listen on.
     port
         Port to listen on.
+    bootstrap_hosts
+        Prefill workers (host or host:port) that foreign routers may name.
     max_queue
         Waiting requests beyond which new ones are refused (429).
     link
@@ -199,6 +202,7 @@ def serve(
         name=name,
         host=host,
         port=_port(port),
+        bootstrap_hosts=config.check_hosts(bootstrap_hosts),
         engine=options.config(),
         max_queue=max_queue,
         link=link,

@@ -5,6 +5,7 @@ import re
 import runpy
 from collections.abc import Sequence
 from importlib.util import find_spec
+from ipaddress import ip_address
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ CPU_KV_MEMORY = GiB  # where ``kv_memory`` is None; on a GPU that is what weight
 TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}  # by device type, where ``token_budget`` is None
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _URL = re.compile(r"https?://[^/\s?#]+/?")
+_HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*|\[[0-9a-f:.]+\]:[0-9]{1,5}")
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -85,6 +87,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     name: str = "worker-0"
     host: str = "127.0.0.1"
     port: int = 8100
+    bootstrap_hosts: tuple[str, ...] = ()  # prefill workers that any request may name, as "host" or "host:port"
     engine: EngineConfig = EngineConfig()
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
     store: tuple[TierConfig, ...] = ()  # the tiers below the pool, the fastest first
@@ -249,14 +252,33 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twostroke"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether this names an address that only this machine has."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_hosts(hosts: Sequence[str]) -> tuple[str, ...]:
+    """The same hosts, unless one can never match a host that a request names.
+
+    Raises:
+        StartupError: neither ``host`` nor ``host:port``.
+    """
+    for host in hosts:
+        if not _HOST.fullmatch(host):
+            raise StartupError(f"{host!r} is no host; write for example 10.0.0.1 or 10.0.0.1:8100")
+    return tuple(hosts)
+
+
 def check_bind(host: str, secret: str, insecure: bool = False) -> None:
     """Refuse to listen beyond loopback without a cluster secret.
 
     Raises:
         StartupError: ``host`` is not a loopback address, no secret is set, and ``insecure`` was not asked for.
     """
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if not loopback and not secret and not insecure:
+    if not is_loopback(host) and not secret and not insecure:
         raise StartupError(
             f"refusing to listen on {host} without a cluster secret: set TWOSTROKE_SECRET to the same value on every "
             "worker and router, or pass --insecure"

@@ -4,20 +4,24 @@ Wire form is JSON (msgspec). Unknown fields are refused, sizes are bounded by th
 checked at attach, so two versions never talk past each other.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
+T = TypeVar("T")
 Role = Literal["both", "prefill", "decode"]
 WorkerState = Literal["starting", "ready", "draining"]
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Url = Annotated[str, Meta(min_length=1, max_length=512)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Host = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}\]?)\Z")]  # a name or an address
+Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 REQUEST_ID_HEADER = "x-request-id"
 TICKET_HEADER = "x-twostroke-handover"
@@ -106,6 +110,7 @@ class Ticket(Struct, frozen=True, forbid_unknown_fields=True):
     side: Literal["produce", "consume"]
     attempt: Count = 0
     peer: Url | None = None  # the producer's URL, for the consumer
+    same_body: bool = True  # both ends are sent the same body, so that P's first token is D's; else only the prompt is
 
 
 class Attach(Struct, frozen=True, forbid_unknown_fields=True):
@@ -115,6 +120,9 @@ class Attach(Struct, frozen=True, forbid_unknown_fields=True):
     attempt: Count
     fingerprint: Name  # of the layout: both ends must hold the same model, dtype and block size
     have: Count  # full blocks of the prefix that D holds already
+    prompt: (
+        Name  # ``prompt_key`` of D's prompt: whoever brought the two ends together may have shown them different ones
+    )
     protocol: int = PROTOCOL
 
 
@@ -142,7 +150,7 @@ class TcpEndpoint(Struct, frozen=True, tag="tcp", forbid_unknown_fields=True):
     kind: ClassVar[str] = "behind a TCP port"
     link: ClassVar[str] = "tcp"
     host: Name  # numeric address
-    port: Annotated[int, Meta(ge=1, le=65535)]
+    port: Port
 
 
 class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,6 +210,34 @@ class Confirmed(Struct, frozen=True, forbid_unknown_fields=True):
     """P → D: whether the lease was alive when the ``Confirm`` arrived; only then do the read blocks count."""
 
     alive: bool
+
+
+# -- a hand-over in other routers' words, in the body of a request --------------------------------------------------
+
+
+class Bootstrap(Struct, frozen=True):
+    """SGLang's word to both ends, in the body of a request: the producer's address, and a number for the hand-over."""
+
+    host: Host
+    port: Port
+    room: Room
+
+
+class KvTransfer(Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's word to one end (``kv_transfer_params``). The producer's reply carries the one for the consumer, which the
+    router passes on as it is.
+    """
+
+    do_remote_decode: bool = False  # to the producer
+    do_remote_prefill: bool = False  # to the consumer, and then all that follows is set
+    remote_engine_id: Name | None = None  # the producer's instance
+    remote_host: Host | None = None
+    remote_port: Port | None = None
+    remote_request_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}\\Z")] | None = None  # names the hand-over
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")] | None = None  # by who knows the cluster secret
+
+
+ForeignTicket = Bootstrap | KvTransfer  # of another router
 
 
 # -- the journal, between a router and the worker that answers ----------------------------------------------------
@@ -295,3 +331,11 @@ class TimelineEvent(Struct, frozen=True):
 
 
 encode = msgspec.json.encode
+
+
+def decode(data: bytes | bytearray | str, type_: type[T]) -> T:
+    """A message that somebody sent. ``ValueError`` if it is none: not JSON, not UTF-8, nested too deeply, or not so."""
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

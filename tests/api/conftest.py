@@ -13,8 +13,9 @@ from tests.tiny_tokenizer import build_tokenizer
 from twostroke.api.call import Setting
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.api.server import bind, build_app, serve
+from twostroke.api.service import Load
 from twostroke.errors import TwostrokeError, Unavailable
-from twostroke.messages import ModelCard, Output, Request, Ticket, Token
+from twostroke.messages import ForeignTicket, KvTransfer, ModelCard, Output, Request, Ticket, Token
 from twostroke.tokenizer import Tokenizer
 
 settings.register_profile("no deadline", deadline=None)  # other processes may hold the cores
@@ -53,6 +54,8 @@ class ScriptedService:
         self.error: Exception = TwostrokeError("scripted")
         self.requests: list[Request] = []
         self.tickets: list[Ticket | None] = []
+        self.words: list[tuple[ForeignTicket, bool]] = []
+        self.produces = True  # what other routers' words ask for
         self.open = 0
         self.opened: asyncio.Queue[str] = asyncio.Queue()  # request ids, as their generators start
         self.closed = asyncio.Event()  # set when no generator is open any more
@@ -82,10 +85,20 @@ class ScriptedService:
             if not self.open:
                 self.closed.set()
 
-    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> int:
+    def load(self) -> Load:
+        return Load(running=2, waiting=1, tokens=50)
+
+    def ticket(self, word: ForeignTicket, *, insider: bool) -> Ticket:
+        self.words.append((word, insider))
+        return Ticket("foreign", "produce" if self.produces else "consume")
+
+    def transfer(self, ticket: Ticket, host: str, port: int) -> KvTransfer:
+        return KvTransfer(do_remote_prefill=True, remote_host=host, remote_port=port)
+
+    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> list[Output]:
         self.requests.extend(requests)
         self.tickets.append(ticket)
-        return sum(len(request.prompt) for request in requests)
+        return [Output([self._token(self.script[0], request.sampling.logprobs)], "length") for request in requests]
 
     def abort(self, http_id: str) -> bool:
         self._aborts.setdefault(http_id, asyncio.Event()).set()

@@ -162,8 +162,8 @@ def test_max_completion_tokens(setting: Setting) -> None:
         ({"echo": True}, "echo", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"store": True}, "store", "not supported"),
-        ({"kv_transfer_params": {}}, "kv_transfer_params", "not supported"),
-        ({"bootstrap_room": 1}, "bootstrap_room", "not supported"),
+        ({"kv_transfer_params": 1}, "kv_transfer_params", "object"),
+        ({"bootstrap_room": 1}, "bootstrap_host", "missing"),
     ],
 )
 def test_bad_completions(setting: Setting, fields: dict[str, object], param: str, says: str) -> None:

@@ -10,13 +10,26 @@ from collections.abc import AsyncIterator
 from itertools import pairwise
 
 import aiohttp
+import msgspec
 import openai
 import pytest
 
 from tests.api.conftest import MAX_BODY, Running, ScriptedService, running
 from twostroke.api.server import bind
 from twostroke.errors import EngineFailed, Overloaded, PortInUse, StartupError
-from twostroke.messages import REQUEST_ID_HEADER, SECRET_HEADER, TICKET_HEADER, ModelCard, Ticket, encode
+from twostroke.messages import (
+    JOURNAL_HEADER,
+    REQUEST_ID_HEADER,
+    SECRET_HEADER,
+    TICKET_HEADER,
+    Bootstrap,
+    Journal,
+    KvTransfer,
+    ModelCard,
+    Sent,
+    Ticket,
+    encode,
+)
 from twostroke.tokenizer import Tokenizer
 
 MODEL = "tiny"
@@ -168,12 +181,14 @@ async def test_abort_by_rid(server: Running) -> None:
 
 
 async def test_sglang_information(server: Running) -> None:
-    for path in ("/get_model_info", "/get_server_info", "/server_info"):
+    for path in ("/get_model_info", "/model_info", "/get_server_info", "/server_info"):
         async with server.http.get(server.url + path) as response:
             assert (await response.json())["model_path"] == MODEL
     async with server.http.get(f"{server.url}/health_generate") as response:
         assert response.status == 200
     assert server.service.requests[-1].sampling.max_tokens == 1
+    async with server.http.get(f"{server.url}/get_load") as response:
+        assert await response.json() == [{"dp_rank": 0, "num_reqs": 3, "num_waiting_reqs": 1, "num_tokens": 50}]
 
 
 # -- states ------------------------------------------------------------------------------------------------------
@@ -181,11 +196,10 @@ async def test_sglang_information(server: Running) -> None:
 
 async def test_starting(server: Running) -> None:
     server.service.state = "starting"
-    async with server.http.get(f"{server.url}/health") as response:
-        assert response.status == 200
-    async with server.http.get(f"{server.url}/ready") as response:
-        assert response.status == 503
-        assert await response.json() == {"state": "starting", "detail": "loading weights"}
+    for path in ("/health", "/ready"):  # SGLang's router registers a worker when its health is good, and never again
+        async with server.http.get(server.url + path) as response:
+            assert response.status == 503
+            assert await response.json() == {"state": "starting", "detail": "loading weights"}
     async with server.http.post(f"{server.url}/v1/completions", json={"prompt": HELLO}) as response:
         assert response.status == 503
         assert response.headers["retry-after"] == "1"
@@ -212,7 +226,11 @@ async def test_request_id(server: Running) -> None:
         assert response.headers[REQUEST_ID_HEADER] == "mine-1"
         assert (await response.json())["id"] == "cmpl-mine-1"
     assert server.service.requests[-1].id == "mine-1/0/0"
-    for bad in ("a/b", "x" * 129, "a b"):
+    host = f"{'h' * 250}:8000"
+    given = f"___prefill_addr_{host}___decode_addr_{host}_{'0' * 32}"  # as vLLM's router names requests
+    async with server.http.post(url, json={"prompt": HELLO}, headers={REQUEST_ID_HEADER: given}) as response:
+        assert response.headers[REQUEST_ID_HEADER] == given
+    for bad in ("a/b", "x" * 601, "a b"):
         async with server.http.post(url, json={"prompt": HELLO}, headers={REQUEST_ID_HEADER: bad}) as response:
             assert response.status == 400
             assert response.headers[REQUEST_ID_HEADER] != bad
@@ -360,15 +378,91 @@ async def test_the_ends_of_a_hand_over(server: Running) -> None:
     async with server.http.post(
         url, json=body, headers={TICKET_HEADER: PRODUCE, REQUEST_ID_HEADER: "both"}
     ) as response:
-        prompt_tokens = 2 * len(server.service.tokenizer.encode(HELLO))
-        assert await response.json() == {"handover": "h", "prompt_tokens": prompt_tokens}
-    produced = list(server.service.requests)
+        (choice,) = (await response.json())["choices"]  # the first one: only its blocks are handed over
+        assert (choice["index"], choice["finish_reason"]) == (0, "length")
+        assert "hello world".startswith(choice["text"])
+    (produced,) = server.service.requests
     async with server.http.post(
         url, json=body, headers={TICKET_HEADER: CONSUME, REQUEST_ID_HEADER: "both"}
     ) as response:
         assert (await response.json())["choices"][1]["text"] == "hello world"
-    assert server.service.requests[2:] == produced
+    assert server.service.requests[1] == produced
     assert server.service.tickets[-1] == Ticket("h", "consume", peer="http://p")
+
+
+BOOTSTRAP = {"bootstrap_host": "10.0.0.1", "bootstrap_port": 8100, "bootstrap_room": 7}
+REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False, "remote_host": None, "remote_block_ids": None}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_producer_answers_another_router_as_it_would_a_client(server: Running, stream: bool) -> None:
+    """SGLang's mini_lb reads fields of the prefill worker's reply, and events if that is a stream."""
+    body = {"text": HELLO, "stream": stream, "return_logprob": True, **BOOTSTRAP}
+    async with server.http.post(f"{server.url}/generate", json=body) as response:
+        assert response.content_type == ("text/event-stream" if stream else "application/json")
+        text = await response.text()
+    reply = json.loads(text.removeprefix("data: ").partition("\n")[0])
+    assert len(reply["output_ids"]) == 1
+    assert reply["meta_info"]["input_token_logprobs"] == []
+    assert server.service.words == [(Bootstrap("10.0.0.1", 8100, 7), False)]
+    assert server.service.tickets == [Ticket("foreign", "produce")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_producer_tells_the_consumer_by_way_of_the_router(server: Running, stream: bool) -> None:
+    body = {"prompt": HELLO, "max_tokens": 1, "min_tokens": 1, "stream": stream, "kv_transfer_params": REMOTE_DECODE}
+    async with server.http.post(f"{server.url}/v1/completions", json=body) as response:
+        reply = await response.json()
+    assert len(reply["choices"]) == 1
+    params = reply["kv_transfer_params"]
+    assert (params["do_remote_prefill"], f"http://{params['remote_host']}:{params['remote_port']}") == (
+        True,
+        server.url,
+    )
+    server.service.produces = False
+    body = {"prompt": HELLO, "kv_transfer_params": params}
+    async with server.http.post(f"{server.url}/v1/completions", json=body) as response:
+        assert (await response.json())["choices"][0]["text"] == "hello world"
+    assert server.service.words[1] == (msgspec.convert(params, KvTransfer), False)
+    assert server.service.tickets[1] == Ticket("foreign", "consume")
+
+
+async def test_a_list_of_replies_is_left_out_of_what_the_producer_tells(server: Running) -> None:
+    body = {"text": [HELLO, HELLO], "kv_transfer_params": REMOTE_DECODE}
+    async with server.http.post(f"{server.url}/generate", json=body) as response:
+        assert set(await response.json()) == {"kv_transfer_params"}
+
+
+async def test_one_router_too_many(server: Running) -> None:
+    body = {"prompt": HELLO, **BOOTSTRAP}
+    async with server.http.post(
+        f"{server.url}/v1/completions", json=body, headers={TICKET_HEADER: CONSUME}
+    ) as response:
+        assert response.status == 400
+        assert "one router too many" in (await response.json())["error"]["message"]
+
+
+async def test_an_answer_that_has_begun_is_not_handed_over_again(server: Running) -> None:
+    """Our router sends the same body to the worker that continues."""
+    body, line = json.dumps({"prompt": HELLO, "stream": True, **BOOTSTRAP}).encode(), encode([Sent(0, [])]) + b"\n"
+    headers = {JOURNAL_HEADER: encode(Journal(len(line), 0)).decode()}
+    async with server.http.post(f"{server.url}/v1/completions", data=line + body, headers=headers) as response:
+        assert response.status == 200
+        await response.read()
+    assert server.service.tickets == [None]
+    assert server.service.words == []
+
+
+async def test_who_knows_the_secret_is_an_insider(
+    card: ModelCard, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWOSTROKE_SECRET", "s3cret")
+    async with running(ScriptedService(card, tokenizer)) as server:
+        for secret in ("", "wrong", "s3cret"):
+            url, body = f"{server.url}/v1/completions", {"prompt": HELLO, **BOOTSTRAP}
+            async with server.http.post(url, json=body, headers={SECRET_HEADER: secret}) as response:
+                assert response.status == 200
+        assert [insider for _, insider in server.service.words] == [False, False, True]
 
 
 async def test_a_broken_ticket(server: Running) -> None:

@@ -63,7 +63,7 @@ def test_lists(setting: Setting) -> None:
         ({"sampling_params": [{}, {}]}, "sampling_params", "2 entries for 1 prompts"),
         ({"sampling_params": [3]}, "sampling_params", "must be an object"),
         ({"sampling_params": {"temperature": 1}, "temperature": 1}, "temperature", "twice"),
-        ({"bootstrap_host": "a"}, "bootstrap_host", "not supported"),
+        ({"bootstrap_host": "a"}, "bootstrap_room", "missing"),
         ({"lora_path": "a"}, "lora_path", "not supported"),
         ({"what": 1}, "what", "unknown field"),
         ({"rid": ["a"]}, "rid", "got `array`"),

@@ -52,7 +52,7 @@ def on_gpu(array: Ints) -> torch.Tensor:
 
 def batch_of(step: Step, kv: torch.Tensor, heads: int, cudnn: CudnnAttention | None) -> Batch:
     """What a runner makes of a step."""
-    *_, width, tables, _ = (on_gpu(array) for array in step.arrays()[:7])
+    _, _, places, lengths, work, sizes, tables, _ = (on_gpu(array) for array in step.arrays()[:8])
     size = heads * kv.shape[5]
     chunks = [
         DeviceChunk(
@@ -69,8 +69,9 @@ def batch_of(step: Step, kv: torch.Tensor, heads: int, cudnn: CudnnAttention | N
         Bundle(one.most, one.reach, on_gpu(one.rows), on_gpu(one.keys), on_gpu(one.starts) * size, on_gpu(one.table))
         for one in step.shorts
     ]
-    singles = Singles(len(step.lengths), tables, width, on_gpu(step.lengths)) if len(step.lengths) else None
-    return Batch(kv, on_gpu(step.places), singles, chunks, bundles, cudnn, PROCESSORS)
+    singles = Singles(len(lengths), tables, sizes, lengths, work) if len(lengths) else None
+    arrived = torch.zeros(1 << 12, dtype=torch.int32, device=DEVICE)
+    return Batch(kv, places, singles, chunks, bundles, cudnn, PROCESSORS, arrived, {})
 
 
 class Case:
@@ -145,7 +146,9 @@ class Case:
         step = (
             prompts_of(self.asked(), self.block, room)
             if room
-            else step_of(self.asked(), self.block, {}, together=cudnn is not None)
+            else step_of(
+                self.asked(), self.block, {}, items=2 * PROCESSORS // self.kv_heads, together=cudnn is not None
+            )
         )
         batch = batch_of(step, self.kv, self.heads, cudnn)
         q, k, v = self.new()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.cuda.case import DEVICE, FAR, LAYER, PROCESSORS, SHAPES, TOLERANCE, Case, distance, on_gpu, plain
-from twostroke.engine.cuda_kernels import attend_one, gather, multiply, store
+from twostroke.engine.cuda_kernels import attend_one, gather, store
+from twostroke.engine.cuda_product import multiply
 from twostroke.engine.cuda_step import step_of
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 200, 1000, 2049]
@@ -14,22 +15,23 @@ CASES = pytest.mark.parametrize(("shape", "block"), [*((shape, 16) for shape in 
 Shape = tuple[int, int, int]
 
 
-def case_of(lengths: list[int], shape: Shape, block: int, dtype: torch.dtype) -> Case:
+def case_of(lengths: list[int], shape: Shape, block: int, dtype: torch.dtype, stored: bool = False) -> Case:
     heads, kv_heads, dim = shape
     chunks = [(length - 1, 1) for length in lengths]
-    return Case(chunks, heads=heads, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype, stored=True)
+    return Case(chunks, heads=heads, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype, stored=stored)
 
 
 def attended(case: Case, window: int = FAR, rows: int = 0) -> torch.Tensor:
     """What ``attend_one`` says; with ``rows``, filled up to as many."""
-    step = step_of(case.asked(), case.block, {}, rows=rows)
-    *_, lengths, width, tables, _ = (on_gpu(array) for array in step.arrays())
-    query, _, _ = case.new()
-    query = torch.cat([query, query[:1].expand(len(lengths) - len(query), -1, -1)])
-    out = torch.full_like(query, torch.nan)
+    step = step_of(case.asked(), case.block, {}, rows=rows, items=2 * PROCESSORS // case.kv_heads)
+    _, _, places, lengths, work, sizes, tables, _ = (on_gpu(array) for array in step.arrays())
+    query, key, value = (torch.cat([x, x[:1].expand(len(lengths) - len(x), -1, -1)]) for x in case.new())
+    out, arrived = torch.full_like(query, torch.nan), torch.zeros(1000, dtype=torch.int32, device=DEVICE)
     attend_one(
-        query, case.kv, LAYER, tables, width, lengths, out, scale=case.scale, window=window, processors=PROCESSORS
-    )
+        query, key, value, case.kv, LAYER, places, tables, sizes, lengths, work, arrived, out, rows=len(lengths),
+        scale=case.scale, window=window,
+    )  # fmt: skip
+    assert not arrived.any()
     return out
 
 
@@ -48,10 +50,14 @@ def expected(case: Case, window: int | None = None) -> torch.Tensor:
 @CASES
 def test_single_tokens_attend_to_their_whole_context(shape: Shape, block: int, dtype: torch.dtype) -> None:
     case = case_of(LENGTHS, shape, block, dtype)
+    stored = case.kv.clone()
+    for length, table, k, v in zip(LENGTHS, case.tables, case.k, case.v, strict=True):
+        case.write(stored, table, k, v, length - 1, length)
     out = attended(case)
     assert out.dtype == dtype
     for row, right in zip(out.cpu(), expected(case), strict=True):
         assert distance(row, right) < TOLERANCE[dtype]
+    assert torch.equal(case.kv.view(torch.uint8), stored.view(torch.uint8)), "its own K and V are stored, nothing else"
 
 
 @DTYPES
@@ -115,7 +121,7 @@ def test_rows_are_stored_at_their_places_and_nowhere_else(shape: Shape, block: i
 @CASES
 @pytest.mark.parametrize(("length", "size"), [(1, 64), (100, 128), (512, 512), (1000, 1024), (300, 1024)])
 def test_blocks_are_copied_together(shape: Shape, block: int, dtype: torch.dtype, length: int, size: int) -> None:
-    case = case_of([length, 50], shape, block, dtype)
+    case = case_of([length, 50], shape, block, dtype, stored=True)
     table = torch.tensor(case.tables[0], dtype=torch.int32, device=DEVICE)
     out = gather(case.kv, LAYER, table, size)
     assert out.shape == (2, case.kv_heads, size, case.dim)
@@ -130,26 +136,28 @@ def test_blocks_are_copied_together(shape: Shape, block: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_of_few_rows(biased: bool) -> None:
-    """Where they are computed here at all, and not left to cuBLAS."""
+    """Where they are computed here at all, and not left to cuBLAS; whatever weight comes next."""
     generator = torch.Generator().manual_seed(5)
-    computed = 0
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16().to(DEVICE)
 
+    following, computed = numbers(3584, 1001), 0
     for inner, outer in [(3584, 4608), (2048, 16896), (80, 4224), (1000, 16896), (512, 100)]:
         weight, bias = numbers(outer, inner), numbers(outer) if biased else None
-        for rows in (1, 2, 16, 17, 32, 33):
+        for rows in (1, 2, 16, 17, 32, 33, 64, 65):
             x = numbers(rows, inner)
             right = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-            y = multiply(x, weight, bias, alone=False, processors=PROCESSORS)
-            if y is not None:
-                computed += 1
-                assert (y.shape, y.dtype) == ((rows, outer), torch.bfloat16)
-                assert distance(y, right) < 5e-3
+            for after in (None, following):
+                y = multiply(x, weight, bias, alone=False, processors=PROCESSORS, following=after)
+                if y is not None:
+                    computed += 1
+                    assert (y.shape, y.dtype) == ((rows, outer), torch.bfloat16)
+                    assert distance(y, right) < 5e-3
         copies = x[:1].repeat(2, 1)
-        y = multiply(copies, weight, bias, alone=True, processors=PROCESSORS)
-        assert y is not None
-        assert torch.equal(y[0], y[1])
-        assert distance(y[0], right[0]) < 5e-3
+        for after in (None, following):
+            y = multiply(copies, weight, bias, alone=True, processors=PROCESSORS, following=after)
+            assert y is not None
+            assert torch.equal(y[0], y[1])
+            assert distance(y[:1], right[:1]) < 5e-3
     assert computed

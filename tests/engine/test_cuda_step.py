@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.rig import sequences
-from twostroke.engine.cuda_step import Room, Step, prompts_of, step_of
+from twostroke.engine.cuda_step import PARTS, TILE, Room, Step, prompts_of, step_of
 from twostroke.engine.scheduler import Chunk, Sequence
 from twostroke.kv.keys import root_key
 from twostroke.kv.pool import Lease, Pool
@@ -152,11 +152,42 @@ def test_padding_repeats_the_first_row_and_is_stored_nowhere(rows: int, spare: i
 
 def test_arrays_of_a_decode_step_lie_where_only_its_rows_decide() -> None:
     """A captured graph reads all but the tables' width from the same places, so the tables must come after the rest."""
-    near, far = (step_of([chunk(start, 1), chunk(1, 1)], 16, {}, rows=4).arrays() for start in (2, 900))
-    assert [array.size for array in near[:5]] == [array.size for array in far[:5]] == [4, 4, 4, 4, 1]
-    assert [array[4].tolist() for array in (near, far)] == [[1], [57]]
-    assert [array[5].shape for array in (near, far)] == [(4, 1), (4, 57)]
+    near, far = (step_of([chunk(start, 1), chunk(1, 1)], 16, {}, rows=4, items=9).arrays() for start in (2, 900))
+    assert [array.size for array in near[:6]] == [array.size for array in far[:6]] == [4, 4, 4, 4, 27, 2]
+    assert [array[5].tolist() for array in (near, far)] == [[1, 2], [57, 2]]
+    assert [array[6].shape for array in (near, far)] == [(4, 1), (4, 57)]
     assert all(array.dtype == np.int32 for array in far)
+
+
+@pytest.mark.parametrize(
+    ("starts", "items", "parts"),
+    [
+        ([0, 5, 63], 3, [1, 1, 1]),
+        ([0, 64, 200], 7, [1, 2, 4]),
+        ([64 * 16 - 1], 66, [8]),  # with one tile each, joining them would take longer than computing
+        ([64 * 128 - 1], 66, [32]),
+        ([64000], 66, [63]),
+        ([64 * 31] * 2, 66, [16, 16]),
+        ([64 * 16 - 1] * 32, 66, [2] * 32),
+        ([64 * 16 - 1] * 128, 66, [1] * 128),
+        ([64 * 100, 10], 9, [8, 1]),
+    ],
+)
+def test_contexts_are_split_for_all_to_have_like_amounts_to_do(starts: list[int], items: int, parts: list[int]) -> None:
+    step = step_of([chunk(start, 1) for start in starts], 16, {}, items=items)
+    assert [int(step.work[step.work[:, 0] == row, 2].max()) for row in range(len(starts))] == parts
+
+
+def check_work(step: Step, rows: int, items: int) -> None:
+    """Every part of every row's context, in order, and nothing else."""
+    assert step.work.shape == (max(items, len(step.lengths)), 3)
+    expected = []
+    for row in range(rows):
+        parts = int(step.work[[r == row and p > 0 for r, _, p in step.work], 2].max())
+        assert 1 <= parts <= PARTS
+        assert parts <= -(-int(step.lengths[row]) // TILE)
+        expected += [[row, part, parts] for part in range(parts)]
+    assert step.work.tolist() == expected + [[0, 0, 0]] * (len(step.work) - len(expected))
 
 
 def test_ends_are_the_last_rows_of_chunks_that_sample() -> None:
@@ -238,12 +269,13 @@ _prompts = st.lists(
 )
 
 
-@given(_singles, _prompts, st.sampled_from([1, 5, 16, 32]), st.integers(0, 20), st.booleans())
+@given(_singles, _prompts, st.sampled_from([1, 5, 16, 32]), st.integers(0, 20), st.integers(0, 40), st.booleans())
 def test_any_step(
     singles: list[tuple[int, bool, bool]],
     prompts: list[tuple[int, int, bool]],
     block: int,
     rows: int,
+    items: int,
     together: bool,
 ) -> None:
     chunks = [chunk(start, 1, block=block, unknown=unknown, samples=samples) for start, unknown, samples in singles]
@@ -252,7 +284,7 @@ def test_any_step(
         return
     sampled = {one.sequence: row for row, one in enumerate(reversed(chunks))}
     rows = 0 if prompts else rows
-    step = step_of(chunks, block, sampled, rows=rows, together=together)
+    step = step_of(chunks, block, sampled, rows=rows, items=items, together=together)
     expected = rows_of(chunks, block, sampled)
     assert found(step)[: len(expected)] == expected
     padding = max(0, rows - len(expected))
@@ -260,6 +292,8 @@ def test_any_step(
     ends = (np.cumsum([one.size for one in chunks]) - 1).tolist()
     assert step.ends.tolist() == [end for end, one in zip(ends, chunks, strict=True) if one.samples]
     assert len(step.lengths) == len(step.tables) == len(singles) + padding
+    assert step.singles == len(singles)
+    check_work(step, len(singles), items)
     check_singles(step, chunks, block)
     check_prompts(step, chunks, block)
     assert together or not step.shorts

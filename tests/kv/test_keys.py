@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twostroke.kv.keys import block_keys, root_key
+from twostroke.kv.keys import block_keys, prompt_key, root_key
 
 ROOT = root_key("f" * 32, "")
 KNOWN = ["e57bb320e8addcc52cb724378ed86b0e", "3f7bba2d2e9e271d74ece1c7a5ff6170"]
@@ -15,6 +15,15 @@ def test_roots_differ_by_fingerprint_and_by_salt() -> None:
     roots = {root_key(fingerprint, salt) for fingerprint in ("a" * 32, "b" * 32) for salt in ("", "x", "y")}
     assert len(roots) == 6
     assert {len(root) for root in roots} == {16}
+
+
+def test_prompts_have_names_by_all_that_decides_their_blocks() -> None:
+    prompts = [[], [1], [1, 2], [2, 1], [1, 2, 0], list(range(40)), list(range(41))]
+    names = {
+        prompt_key(fingerprint, salt, prompt) for fingerprint in ("a", "b") for salt in ("", "x") for prompt in prompts
+    }
+    assert len(names) == 4 * len(prompts)
+    assert prompt_key("a", "", [1, 2]) == prompt_key("a", "", (1, 2))
 
 
 def test_keys_are_the_same_in_every_process() -> None:

@@ -90,7 +90,10 @@ async def test_a_new_instance_is_a_new_worker() -> None:
         assert running.router.registry.workers == [after]
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"not json", b'{"id": 1}', b"x" * 100_000])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"not json", b'{"id": 1}', b"x" * 100_000, b'{"id": "\xff"}', b'{"x":' + b"[" * 60_000, b"\xff"],
+)
 async def test_nonsense_is_not_believed(body: bytes) -> None:
     async with system(0, 0, 1) as running:
         running.workers[0].info_body = body

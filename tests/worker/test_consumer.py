@@ -4,6 +4,7 @@ Whatever the producer does, the client gets the model's own tokens, and nothing 
 """
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -18,6 +19,7 @@ from tests.engine.rig import Rig, ids, request, running, until
 from tests.tiny import VOCAB, generate
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Job, Update
+from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Lease
 from twostroke.links.shm import SharedMemoryLink
 from twostroke.messages import (
@@ -149,6 +151,7 @@ class Stage:
         self.session = session
         self.link = SharedMemoryLink(rig.memory.slots)
         self.patience = 60.0  # seconds
+        self.takes_first = True
         self.lifecycle = Lifecycle("consumer")
         self.updates: list[Update] = []
 
@@ -168,14 +171,17 @@ class Stage:
             links=[self.link],
             peer=peer,
             patience=self.patience,
+            takes_first=self.takes_first,
             lifecycle=self.lifecycle,
         )
         return job, asyncio.create_task(pull.run()), updates
 
-    async def tokens(self, script: Sequence[Step], *, count: int = COUNT, silence: float = PATIENT) -> list[int]:
+    async def tokens(
+        self, script: Sequence[Step], *, count: int = COUNT, silence: float = PATIENT, salt: str = ""
+    ) -> list[int]:
         """What the client gets when the producer follows ``script``."""
         self.producer.script = script
-        one = request(PROMPT, count)
+        one = request(PROMPT, count, salt=salt)
         job, pulling, updates = await self.begin(one, silence)
         async with asyncio.timeout(15):
             outputs = [update async for update in updates if isinstance(update, Output)]
@@ -211,7 +217,8 @@ async def stage(tiny_model: Callable[[str], Path]) -> AsyncIterator[Stage]:
 async def test_a_hand_over(stage: Stage) -> None:
     producer = stage.producer
     await stage.check(producer.usual(), complete=True)
-    assert producer.attached == [Attach("h/0", 0, stage.rig.model.layout.fingerprint, 0)]
+    fingerprint = stage.rig.model.layout.fingerprint
+    assert producer.attached == [Attach("h/0", 0, fingerprint, 0, prompt_key(fingerprint, "", PROMPT))]
     assert [(confirm.blocks, confirm.release) for confirm in producer.confirms] == [(2, False), (3, True)]
     assert {confirm.instance for confirm in producer.confirms} == {producer.rig.memory.address.instance}
     assert set(producer.headers) == {"s3cret"}
@@ -267,6 +274,19 @@ async def test_the_first_token_does_not_wait_for_the_blocks(stage: Stage) -> Non
     await pulling
     assert ids(outputs) == generate(stage.directory, PROMPT, COUNT)
     stage.rig.engine.abort(job)
+
+
+@pytest.mark.parametrize("order", ["token first", "blocks first"])
+async def test_a_first_token_that_is_not_ours_is_not_taken(stage: Stage, order: str) -> None:
+    """Every block is, and the engine computes the last prompt token again to sample after it."""
+    stage.takes_first = False
+    p = stage.producer
+    p.first = Output([Token((p.first.tokens[0].id + 1) % VOCAB)])
+    ends: list[Event] = (
+        [p.published(2, 3), Sampled(p.first)] if order == "blocks first" else [Sampled(p.first), p.published(2, 3)]
+    )
+    await stage.check([p.opened, p.published(0, 2), *ends, Ended()], complete=True)
+    assert [(confirm.blocks, confirm.release) for confirm in p.confirms] == [(2, False), (3, True)]
 
 
 async def test_a_first_token_that_is_the_last(stage: Stage) -> None:
@@ -336,7 +356,13 @@ async def test_a_confirmation_that_is_refused(stage: Stage, status: int) -> None
     await stage.check(stage.producer.usual(), complete=False)
 
 
-@pytest.mark.parametrize("body", [b"", b"yes", b"{}", b'{"alive": "true"}', b'{"alive": true, "more": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"yes", b"{}", b'{"alive": "true"}', b'{"alive": true, "more": 1}', b"\xff", b'{"\xff": 1}', b"[" * 60_000,
+        b'{"alive": true}' + b" " * 2000,
+    ],
+)  # fmt: skip
 async def test_a_confirmation_that_is_nonsense(stage: Stage, body: bytes) -> None:
     async def babble(confirm: Confirm) -> web.StreamResponse:
         return web.Response(body=body)
@@ -394,6 +420,27 @@ async def test_every_block_came_but_no_first_token(stage: Stage, how: str) -> No
     p = stage.producer
     assert await stage.tokens([p.opened, p.published(0, 3), *ends[how]]) == generate(stage.directory, PROMPT, COUNT)
     assert "fallback" in stage.events
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_events_that_are_lost_repeated_or_out_of_order(stage: Stage, seed: int) -> None:
+    """Nobody who tells the truth about its blocks can make the answer wrong, whatever order it comes in."""
+    chance, p = random.Random(seed), stage.producer
+    for salt in map(str, range(12)):  # so that no block is known from before
+        events: list[Event] = [
+            p.opened,
+            *(p.published(at, at + 1) for at in range(3)),
+            Sampled(p.first),
+            Alive(),
+            Ended(),
+        ]
+        script = [event for event in events for _ in range(chance.choice([0, 1, 1, 1, 1, 2]))]
+        for _ in range(chance.choice([0, 0, 1, 3])):
+            at, to = chance.randrange(len(script)), chance.randrange(len(script))
+            script.insert(to, script.pop(at))
+        assert await stage.tokens(script, salt=salt) == generate(stage.directory, PROMPT, COUNT), script
+        assert {"kv_complete", "fallback"} & set(stage.events)
+        await until(lambda: stage.rig.counts.leased == 0)
 
 
 @pytest.mark.parametrize("part", range(20))

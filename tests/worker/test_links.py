@@ -184,7 +184,7 @@ async def test_whoever_listens_everywhere_is_found_where_it_was_reached(rigs: Ri
     everywhere = msgspec.structs.replace(p.memory.address, memory=TcpEndpoint("0.0.0.0", 7))
     pools = (p.memory.address, everywhere)
     producer = Producer(p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60)
-    events = producer.attach(Attach("h/0", 0, p.model.layout.fingerprint, 0), "10.1.2.3")
+    events = producer.attach(Attach("h/0", 0, p.model.layout.fingerprint, 0, "a prompt"), "10.1.2.3")
     opened = await anext(events)
     assert isinstance(opened, Opened)
     assert [pool.memory for pool in opened.pools] == [p.memory.address.memory, TcpEndpoint("10.1.2.3", 7)]

@@ -16,6 +16,7 @@ from twostroke.engine.engine import Job, Progress, Update
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import Conflict, EngineFailed, HandoverFailed
+from twostroke.kv.keys import prompt_key
 from twostroke.messages import (
     PROTOCOL,
     Alive,
@@ -56,8 +57,11 @@ class Stage:
         async with aclosing(self.produce(attempt=attempt)) as updates:
             return [update async for _, update in updates]
 
-    def attach(self, *, have: int = 0, attempt: int = 0, **fields: object) -> AsyncGenerator[Event, None]:
-        message = Attach("h/0", attempt, self.rig.model.layout.fingerprint, have)
+    def attach(
+        self, *, have: int = 0, attempt: int = 0, prompt: list[int] = PROMPT, **fields: object
+    ) -> AsyncGenerator[Event, None]:
+        fingerprint = self.rig.model.layout.fingerprint
+        message = Attach("h/0", attempt, fingerprint, have, prompt_key(fingerprint, "", prompt))
         return self.producer.attach(msgspec.structs.replace(message, **fields), "127.0.0.1")
 
     async def attached(self, *, have: int = 0, attempt: int = 0) -> list[Event]:
@@ -250,6 +254,28 @@ async def test_another_layout_or_protocol_is_refused(llama: Path, fields: dict[s
     async with staged(llama) as stage:
         with pytest.raises(Conflict, match="layouts differ"):
             await anext(stage.attach(**fields))
+
+
+async def test_a_consumer_with_another_prompt_is_refused_and_the_right_one_still_served(llama: Path) -> None:
+    """Clients pass vLLM's words on, and may send the two ends what they like: no block may get another one's name."""
+    async with staged(llama) as stage:
+        await stage.produced()
+        for other in (PROMPT[:-1], [*PROMPT[:-1], 0], [*PROMPT, 0]):
+            with pytest.raises(Conflict, match="different prompts"):
+                await anext(stage.attach(prompt=other))
+        check_stream(stage, await stage.attached(), first_token(llama))
+        assert stage.confirm(3, release=True)
+
+
+async def test_a_request_for_another_prompt_than_its_consumer_waits_for(llama: Path) -> None:
+    async with staged(llama) as stage:
+        waiting = asyncio.create_task(_drain(stage, "h/0"))
+        await until(lambda: stage.producer.open == 1)
+        with pytest.raises(Conflict, match="different prompts"):
+            async for _ in stage.produce(PROMPT[::-1]):
+                pass
+        assert (await waiting)[-1] == Ended("the producer and the consumer were sent different prompts")
+        assert stage.leased == 0
 
 
 async def test_a_second_consumer_is_refused_and_the_first_not_disturbed(llama: Path) -> None:
@@ -500,7 +526,7 @@ async def test_many_hand_overs_at_once(llama: Path) -> None:
 
         async def one(number: int) -> None:
             handover, prompt = f"many/{number}", [number + 1, *PROMPT]
-            attach = Attach(handover, 0, fingerprint, 0)
+            attach = Attach(handover, 0, fingerprint, 0, prompt_key(fingerprint, "", prompt))
 
             async def compute() -> None:
                 async for _ in stage.producer.produce(request(prompt, 1), handover, 0):

@@ -14,17 +14,11 @@ from msgspec import Meta, Struct
 
 from twostroke.api.text import Detokenizer, StopFinder
 from twostroke.errors import BadRequest, ContextExceeded
-from twostroke.messages import ModelCard, Output, Request, Sampling, Token
+from twostroke.messages import ForeignTicket, ModelCard, Output, Request, Sampling, Token
 from twostroke.tokenizer import Tokenizer
 
 MAX_SEQUENCES = 1024  # prompts x n of one call
 CONTEXT_TOKENS = 4  # of the prompt that the detokeniser sees
-HANDOVER_FIELDS: dict[str, tuple[object, ...]] = {  # of foreign routers; not supported yet
-    "kv_transfer_params": (None,),
-    "bootstrap_host": (None,),
-    "bootstrap_port": (None,),
-    "bootstrap_room": (None,),
-}
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -162,6 +156,7 @@ class Call(Struct, frozen=True):
     stream: bool
     reply: Reply
     rid: str | None = None  # SGLang's name for the call
+    handover: ForeignTicket | None = None
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------

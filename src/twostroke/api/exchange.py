@@ -9,8 +9,8 @@ from msgspec.json import encode
 from msgspec.structs import replace
 from starlette.types import Send
 
-from twostroke.api.call import Call, Choice, check_tokens, finite
-from twostroke.api.http import DONE, EVENT_STREAM, reply
+from twostroke.api.call import Call, Choice, Reply, check_tokens, finite
+from twostroke.api.http import DONE, EVENT_STREAM, Headers, reply
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.api.service import Service
 from twostroke.errors import BadRequest, EngineFailed
@@ -110,6 +110,17 @@ class Exchange:
                 headers = EVENT_STREAM if self._journal is None else _JOURNALED
                 await self._send({"type": "http.response.start", "status": 200, "headers": headers})
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+
+def at_once(
+    write: Reply, choices: Sequence[Choice], outputs: Sequence[Output], *, stream: bool
+) -> tuple[bytes, Headers | None]:
+    """Body and headers of a reply with one output for each choice, all of which are there already."""
+    deltas = [choice.feed(output) for choice, output in zip(choices, outputs, strict=True)]
+    if not stream:
+        return write.whole(choices), None
+    chunks = [write.chunk(choice, delta) for choice, delta in zip(choices, deltas, strict=True)]
+    return b"".join([write.opening(choices), *chunks, write.closing(choices), DONE]), EVENT_STREAM
 
 
 def _entry(index: int, output: Output) -> Sent:

@@ -12,7 +12,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.json import encode
 
 from twostroke.api.call import (
-    HANDOVER_FIELDS,
     Call,
     Choice,
     Delta,
@@ -29,8 +28,9 @@ from twostroke.api.call import (
     token_counts,
     typed,
 )
-from twostroke.errors import BadRequest, ModelNotFound
-from twostroke.messages import ModelCard, Token
+from twostroke.api.handover import check_model, take_handover
+from twostroke.errors import BadRequest
+from twostroke.messages import ForeignTicket, ModelCard, Token
 from twostroke.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of /v1/completions
@@ -43,6 +43,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),
     "use_beam_search": (None, False),
+    "no_stop_trim": (None, False),
+    "return_hidden_states": (None, False),
+    "continue_final_message": (None, False),
+    "separate_reasoning": (None, True, False),  # of no effect here: all text is content
+    "stream_reasoning": (None, True, False),
+    "include_reasoning": (None, True),
 }
 _NEUTRAL_COMPLETION = _NEUTRAL | {
     "best_of": (None, 1),
@@ -137,14 +143,15 @@ def completions(body: bytes, setting: Setting) -> Call:
     Raises:
         BadRequest, ContextExceeded, ModelNotFound: it cannot be served.
     """
-    fields = _fields(body, _NEUTRAL_COMPLETION)
+    fields, handover = _fields(body, _NEUTRAL_COMPLETION)
     asked = typed(fields, CompletionBody)
-    _check(asked, setting.card)
+    _check(asked, setting.card, handover)
     prompts = [
         Prompt(tokens, asked, COMPLETION_TOKENS, asked.logprobs) for tokens in _prompts(asked.prompt, setting.tokenizer)
     ]
     jobs = plan(prompts, setting, "prompt", asked.cache_salt or "", asked.priority or 0)
-    return Call(jobs, bool(asked.stream), CompletionReply(setting, _include_usage(asked), asked.logprobs))
+    reply = CompletionReply(setting, _include_usage(asked), asked.logprobs)
+    return Call(jobs, bool(asked.stream), reply, handover=handover)
 
 
 def chat(body: bytes, setting: Setting) -> Call:
@@ -153,7 +160,7 @@ def chat(body: bytes, setting: Setting) -> Call:
     Raises:
         BadRequest, ContextExceeded, ModelNotFound: it cannot be served.
     """
-    fields = _fields(body, _NEUTRAL_CHAT)
+    fields, handover = _fields(body, _NEUTRAL_CHAT)
     if "max_completion_tokens" in fields:  # the newer name of max_tokens
         newer = fields.pop("max_completion_tokens")
         if fields.setdefault("max_tokens", newer) not in (newer, None):
@@ -161,7 +168,7 @@ def chat(body: bytes, setting: Setting) -> Call:
         fields["max_tokens"] = newer
     _drop_from_messages(fields.get("messages"))
     asked = typed(fields, ChatBody)
-    _check(asked, setting.card)
+    _check(asked, setting.card, handover)
     if asked.top_logprobs and not asked.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     if not asked.messages:
@@ -170,16 +177,16 @@ def chat(body: bytes, setting: Setting) -> Call:
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     prompts = [Prompt(tokens, asked, None, logprobs, chat=True)]
     jobs = plan(prompts, setting, "messages", asked.cache_salt or "", asked.priority or 0)
-    return Call(jobs, bool(asked.stream), ChatReply(setting, _include_usage(asked), logprobs))
+    return Call(jobs, bool(asked.stream), ChatReply(setting, _include_usage(asked), logprobs), handover=handover)
 
 
-def _fields(body: bytes, neutral: dict[str, tuple[object, ...]]) -> dict[str, object]:
+def _fields(body: bytes, neutral: dict[str, tuple[object, ...]]) -> tuple[dict[str, object], ForeignTicket | None]:
     fields = read_object(body)
-    drop_neutral(fields, HANDOVER_FIELDS)
+    handover = take_handover(fields)
     for name in _IGNORED:
         fields.pop(name, None)
     drop_neutral(fields, neutral)
-    return fields
+    return fields, handover
 
 
 def _drop_from_messages(messages: object) -> None:
@@ -193,9 +200,8 @@ def _drop_from_messages(messages: object) -> None:
                     raise BadRequest(f"messages[{i}].content: only text is supported", param=f"messages[{i}].content")
 
 
-def _check(asked: Body, card: ModelCard) -> None:
-    if asked.model not in (None, card.name):
-        raise ModelNotFound(f"the model {asked.model!r} is not served here; {card.name!r} is", param="model")
+def _check(asked: Body, card: ModelCard, handover: ForeignTicket | None) -> None:
+    check_model(asked.model, card, handover)
     if asked.stream_options and not asked.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
 

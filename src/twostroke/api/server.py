@@ -30,8 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twostroke import config
 from twostroke.api import openai, sglang
-from twostroke.api.call import Call, Setting
-from twostroke.api.exchange import Exchange
+from twostroke.api.call import Call, Choice, Setting
+from twostroke.api.exchange import Exchange, at_once
+from twostroke.api.handover import add_transfer
 from twostroke.api.http import (
     DONE,
     ClientGone,
@@ -61,7 +62,9 @@ from twostroke.messages import (
     REQUEST_ID_HEADER,
     SECRET_HEADER,
     TICKET_HEADER,
+    ForeignTicket,
     Journal,
+    KvTransfer,
     Request,
     Sampling,
     Sent,
@@ -75,7 +78,7 @@ Translate = Callable[[bytes, Setting], Call]
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 Word = TypeVar("Word", Ticket, Journal)
 
-_REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,128}")  # printable ASCII without blank and "/"
+_REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,600}")  # without blank and "/"; vLLM's router puts two hosts into it
 _BIG_BODY = 32 << 10  # bytes, above which translation (tokenisation) leaves the event loop
 _PROBE_SECONDS = 20.0
 _BACKLOG = 2048
@@ -109,7 +112,7 @@ class Boundary:
         named = _NamedSend(send, http_id)
         try:
             if given is not None and not good:
-                text = f"{REQUEST_ID_HEADER} must be 1 to 128 printable ASCII characters without blank and /"
+                text = f"{REQUEST_ID_HEADER} must be 1 to 600 printable ASCII characters without blank and /"
                 raise BadRequest(text, param=REQUEST_ID_HEADER)
             await self._app(scope, receive, named)
         except ClientGone:
@@ -182,13 +185,6 @@ class Timeline(Struct, frozen=True):
     events: list[TimelineEvent]
 
 
-class Produced(Struct, frozen=True):
-    """Reply of the prefill end of a hand-over."""
-
-    handover: str
-    prompt_tokens: int
-
-
 class _Api:
     """The endpoints."""
 
@@ -202,14 +198,16 @@ class _Api:
     def routes(self) -> list[Route]:
         gets: dict[str, Endpoint] = {
             "/v1/models": self._models,
-            "/health": self._health,
+            "/health": self._ready,  # other routers send requests as soon as this is good
             "/ready": self._ready,
             "/metrics": self._metrics,
             "/debug/requests/{id:path}": self._timeline,
             "/health_generate": self._health_generate,
             "/get_model_info": self._model_info,
+            "/model_info": self._model_info,
             "/get_server_info": self._server_info,
             "/server_info": self._server_info,
+            "/get_load": self._load,
         }
         posts: dict[str, Endpoint] = {
             "/v1/completions": self._generating(openai.completions),
@@ -233,9 +231,11 @@ class _Api:
             setting = self._setting(scope, journal.created if journal else int(time.time()))
             call = await self._translate(translate, body[size:], setting)
             sent = await _read_journal(body[:size]) if journal else None
+            if call.handover is not None and not size:
+                ticket = self._foreign(scope, call.handover, ticket)
             with self._registered(setting.http_id, call, ticket):
                 if ticket is not None and ticket.side == "produce":
-                    await unless_gone(self._produce(call, ticket, send), receive)
+                    await unless_gone(self._produce(call, ticket, scope, send), receive)
                 else:
                     exchange = Exchange(call, self._service, self._lifecycle, ticket, send, sent)
                     await unless_gone(exchange.run(), receive)
@@ -247,13 +247,23 @@ class _Api:
         text = header(scope, name)
         if text is None:
             return None
-        given = header(scope, SECRET_HEADER) or ""
-        if self._secret and not hmac.compare_digest(given.encode(), self._secret.encode()):
+        if self._secret and not self._insider(scope):
             raise Unauthorized(f"{name} needs the cluster secret in {SECRET_HEADER}")
         try:
             return msgspec.json.decode(text, type=type_)
         except (msgspec.DecodeError, RecursionError) as error:
             raise BadRequest(f"{name}: {error}", param=name) from None
+
+    def _insider(self, scope: Scope) -> bool:
+        """Whether the request carries the cluster secret."""
+        given = header(scope, SECRET_HEADER) or ""
+        return bool(self._secret) and hmac.compare_digest(given.encode(), self._secret.encode())
+
+    def _foreign(self, scope: Scope, word: ForeignTicket, ticket: Ticket | None) -> Ticket:
+        """The ticket that another router wrote into the body."""
+        if ticket is not None:
+            raise BadRequest(f"one hand-over by {TICKET_HEADER} and another one in the body: one router too many")
+        return self._service.ticket(word, insider=self._insider(scope))
 
     def _setting(self, scope: Scope, now: int) -> Setting:
         card = self._service.card()
@@ -275,9 +285,16 @@ class _Api:
         finally:
             del self._live[key]
 
-    async def _produce(self, call: Call, ticket: Ticket, send: Send) -> None:
-        count = await self._service.produce([job.request for job in call.jobs], ticket)
-        await reply(send, encode(Produced(ticket.id, count)))
+    async def _produce(self, call: Call, ticket: Ticket, scope: Scope, send: Send) -> None:
+        """The producer's reply: a first token for each prompt, and what vLLM's router shall tell the consumer."""
+        card, tokenizer = self._service.card(), self._service.tokenizer
+        choices = [Choice(job, card, tokenizer) for job in call.jobs if job.request.choice == 0]
+        outputs = await self._service.produce([choice.job.request for choice in choices], ticket)
+        passed_on = isinstance(call.handover, KvTransfer)  # in a reply that is not streamed, whatever was asked for
+        answer, headers = at_once(call.reply, choices, outputs, stream=call.stream and not passed_on)
+        if passed_on:
+            answer = add_transfer(answer, self._service.transfer(ticket, *scope["server"][:2]))
+        await reply(send, answer, headers=headers)
 
     async def _abort(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over."""
@@ -290,9 +307,6 @@ class _Api:
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(openai.models(self._service.card())))
-
-    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await reply(send, encode(Health(*self._service.health())))
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         health = Health(*self._service.health())
@@ -324,6 +338,9 @@ class _Api:
 
     async def _model_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(sglang.model_info(self._service.card())))
+
+    async def _load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(sglang.load_info(self._service.load())))
 
     async def _server_info(self, scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(sglang.server_info(self._service.card(), self._service.health()[0])))

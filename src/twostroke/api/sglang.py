@@ -12,7 +12,6 @@ from msgspec.json import encode
 
 from twostroke import __version__
 from twostroke.api.call import (
-    HANDOVER_FIELDS,
     Call,
     Choice,
     Delta,
@@ -31,13 +30,15 @@ from twostroke.api.call import (
     read_object,
     typed,
 )
+from twostroke.api.handover import check_model, take_handover
+from twostroke.api.service import Load
 from twostroke.errors import BadRequest
-from twostroke.messages import ModelCard, Token
+from twostroke.messages import KvTransfer, ModelCard, Token
 from twostroke.tokenizer import Tokenizer
 
 NEW_TOKENS = 128  # SGLang's default max_new_tokens
 
-_NEUTRAL: dict[str, tuple[object, ...]] = HANDOVER_FIELDS | {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "image_data": (None, []),
     "video_data": (None, []),
     "audio_data": (None, []),
@@ -45,6 +46,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = HANDOVER_FIELDS | {
     "lora_path": (None,),
     "logprob_start_len": (None, -1),  # logprobs of the prompt
     "return_hidden_states": (None, False),
+    "return_bytes": (None, False),
+    "return_entropy": (None, False),
+    "background": (None, False),
+    "no_logs": (None, True, False),  # of no effect here: logs hold no text
     "log_metrics": (None, True, False),  # of no effect here: metrics hold no text
 }
 _NEUTRAL_PARAMS: dict[str, tuple[object, ...]] = {
@@ -81,6 +86,7 @@ class SamplingParams(
 class GenerateBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``/generate``, less the sampling fields."""
 
+    model: str | None = None
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     stream: bool | None = None
@@ -104,13 +110,17 @@ def generate(body: bytes, setting: Setting) -> Call:
     """Translate a body of ``/generate``.
 
     Raises:
-        BadRequest, ContextExceeded: it cannot be served.
+        BadRequest, ContextExceeded, ModelNotFound: it cannot be served.
     """
     fields = read_object(body)
+    handover = take_handover(fields)
+    if isinstance(handover, KvTransfer) and handover.do_remote_decode:
+        fields.pop("max_tokens", None)  # vLLM's way to ask for one token only
     drop_neutral(fields, _NEUTRAL)
     params = fields.pop("sampling_params", None)
     shared = {name: fields.pop(name) for name in _PARAM_NAMES & fields.keys()}
     asked = typed(fields, GenerateBody)
+    check_model(asked.model, setting.card, handover)
     tokens = _prompts(asked, setting.tokenizer)
     if isinstance(params, list) and len(params) != len(tokens):
         raise BadRequest(
@@ -124,7 +134,7 @@ def generate(body: bytes, setting: Setting) -> Call:
     jobs = plan(prompts, setting, "text" if asked.text is not None else "input_ids", priority=asked.priority or 0)
     single = not isinstance(asked.text, list) and not _nested(asked.input_ids) and len(jobs) == 1
     reply = GenerateReply(setting.tokenizer, asked.rid or setting.http_id, single, asked)
-    return Call(jobs, bool(asked.stream), reply, asked.rid)
+    return Call(jobs, bool(asked.stream), reply, asked.rid, handover)
 
 
 def abort(body: bytes) -> str:
@@ -234,6 +244,20 @@ def model_info(card: ModelCard) -> ModelInfo:
 def server_info(card: ModelCard, state: str) -> ServerInfo:
     """Reply of ``/get_server_info``."""
     return ServerInfo(card.name, card.name, card.max_model_len, state)
+
+
+class LoadInfo(Struct, frozen=True):
+    """The one entry of the reply of ``/get_load``, by which SGLang's router balances (``--policy power_of_two``)."""
+
+    num_reqs: int
+    num_waiting_reqs: int
+    num_tokens: int
+    dp_rank: int = 0
+
+
+def load_info(load: Load) -> list[LoadInfo]:
+    """Reply of ``/get_load``."""
+    return [LoadInfo(load.running + load.waiting, load.waiting, load.tokens)]
 
 
 class GenerateReply:

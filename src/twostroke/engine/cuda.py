@@ -5,7 +5,7 @@ host uploads one array, starts the kernels, and waits for nothing but the sample
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,8 @@ from twostroke.engine.cuda_attention import Chunk as DeviceChunk
 from twostroke.engine.cuda_experts import use_few_experts
 from twostroke.engine.cuda_kernels import early
 from twostroke.engine.cuda_prefill import CudnnAttention
-from twostroke.engine.cuda_product import product
+from twostroke.engine.cuda_product import use_products
 from twostroke.engine.cuda_step import Ints, Room, Step, prompts_of, step_of
-from twostroke.engine.fusion import use_product
 from twostroke.engine.runner import Launched, Limits
 from twostroke.engine.sampling import Drawn, Row, draw, is_plain
 from twostroke.engine.scheduler import Chunk, Sequence
@@ -40,6 +39,8 @@ EXPERTS = {"bfloat16": "grouped_mm", "float32": "batched_mm"}  # neither loops o
 _ALIGN = 32  # int32s; arrays of an upload start at multiples of it
 _CONTEXT_BYTES = 600 << 20  # of the driver and of libraries, which torch does not count
 _GRAPH_BYTES = 512 << 20  # of the captured graphs' own memory
+_WAVE = 2  # programs of decode attention on a multiprocessor at once
+_COUNTERS = 1 << 16  # results that programs of one kernel may share
 _TOGETHER = 8  # short prompts that are captured as one step
 
 _Result = tuple[torch.Tensor, torch.Tensor]  # logits, most probable tokens
@@ -111,16 +112,20 @@ class CudaRunner:
             self._cudnn = CudnnAttention(*shape, self._dtype, device)
         elif self._dtype != torch.float32:
             log.warning("prefill attention falls back to torch's: pip install nvidia-cudnn-frontend")
+        experts = getattr(network.config.get_text_config(), "num_experts_per_tok", 0) or 0
+        self._following: Mapping[int, torch.Tensor] = {}
         if self._dtype == torch.bfloat16:
-            use_product(network, product)
-            use_few_experts(network, getattr(network.config.get_text_config(), "num_experts_per_tok", 0) or 0)
-        inductor.triton.enable_pdl = early()
+            self._following = use_products(network)
+            use_few_experts(network, experts)
+        # Its rule for when a kernel must wait overlooks what the one before it scatters, as grouped experts do.
+        inductor.triton.enable_pdl = early() and not experts
         for layer in network.base_model.layers:
             layer.compile(dynamic=True)
         network.base_model.norm.compile(dynamic=True)
         self._decodes: list[_Graph] = []  # smallest first
         self._prompts: list[_Graph] = []
         self._kv = torch.empty(0)
+        self._arrived = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._limits = Limits(0, 0, 0)
         self._row_of: dict[Sequence, int] = {}  # of each sequence that the latest step sampled for
 
@@ -160,7 +165,7 @@ class CudaRunner:
         pages = self._layout.blocks(limits.context)
         tokens = limits.token_budget + limits.max_batch
         # Tables, of bundles too, whose sequences and pages are filled up to powers of two.
-        capacity = 8 * tokens + 4 * (limits.max_batch + 64) * (pages + 2 * _ALIGN)
+        capacity = 8 * tokens + 4 * (limits.max_batch + 64) * (pages + 2 * _ALIGN) + 4 * self._items(limits.max_batch)
         self._upload = _Upload(self._device, capacity)
         most = max(_TOGETHER, limits.max_batch)
         self._sampled = torch.zeros(most, dtype=torch.int64, device=self._device)  # by the latest step launched
@@ -201,7 +206,8 @@ class CudaRunner:
                     step = prompts_of([_anything(room.rows, self._layout)], block, room)
                     self._prompts.insert(0, captured(room, step, partial(self._prefill, step)))
             for rows in reversed(_decode_sizes(limits.max_batch)):
-                step = step_of([_anything(1, self._layout)], block, {}, rows=max(2, rows))
+                some = max(2, rows)
+                step = step_of([_anything(1, self._layout)], block, {}, rows=some, items=self._items(some))
                 self._decodes.insert(0, captured(Room(rows, rows, 0), step, partial(self._decode, alone=rows == 1)))
         stream.synchronize()
 
@@ -245,11 +251,14 @@ class CudaRunner:
         sampled = sum(chunk.samples for chunk in chunks)
         if chunks[-1].size == 1:
             one = next((graph for graph in self._decodes if graph.room.rows >= len(chunks)), None)
-            step = step_of(chunks, block, self._row_of, rows=max(2, one.room.rows) if one else 0)
+            rows = max(2, one.room.rows) if one else len(chunks)
+            step = step_of(chunks, block, self._row_of, rows=rows, items=self._items(rows))
         elif chunks[0].size > 1 and (one := next((g for g in self._prompts if g.room.holds(chunks, block)), None)):
             step = prompts_of(chunks, block, one.room)
         else:
-            one, step = None, step_of(chunks, block, self._row_of, together=self._cudnn is not None)
+            items = self._items(sum(chunk.size == 1 for chunk in chunks))
+            one = None
+            step = step_of(chunks, block, self._row_of, items=items, together=self._cudnn is not None)
         arrays = self._upload.put(step.arrays())
         if one is None:
             return self._prefill(step, arrays)
@@ -258,13 +267,14 @@ class CudaRunner:
 
     def _decode(self, arrays: Seq[torch.Tensor], *, alone: bool) -> _Result:
         """A step of single tokens, all of which are sampled from."""
-        ids, positions, places, lengths, width, tables, _ = arrays
-        singles = Singles(len(ids), tables, width, lengths)
-        return self._run(Batch(self._kv, places, singles, (), (), self._cudnn, self._processors, alone), ids, positions)
+        ids, positions, places, lengths, work, sizes, tables, _ = arrays
+        return self._run(
+            self._batch(places, Singles(len(ids), tables, sizes, lengths, work), alone=alone), ids, positions
+        )
 
     def _prefill(self, step: Step, arrays: Seq[torch.Tensor]) -> _Result:
         """Any step, from where its arrays were uploaded to."""
-        ids, positions, places, lengths, width, tables, ends, *rest = arrays
+        ids, positions, places, lengths, work, sizes, tables, ends, *rest = arrays
         more = iter(rest)
         size = self._heads * self._layout.head_dim
         chunks = [DeviceChunk(c.first, c.tokens, c.start, next(more), next(more), next(more)) for c in step.longs]
@@ -272,9 +282,34 @@ class CudaRunner:
         for one in step.shorts:
             counts, keys, starts, table = (next(more) for _ in range(4))
             bundles.append(Bundle(one.most, one.reach, counts, keys, starts * size, table))
-        singles = Singles(len(lengths), tables, width, lengths) if len(lengths) else None
-        batch = Batch(self._kv, places, singles, chunks, bundles, self._cudnn, self._processors)
-        return self._run(batch, ids, positions, ends)
+        singles = Singles(len(lengths), tables, sizes, lengths, work) if len(lengths) else None
+        return self._run(self._batch(places, singles, chunks, bundles), ids, positions, ends)
+
+    def _batch(
+        self,
+        places: torch.Tensor,
+        singles: Singles | None,
+        chunks: Seq[DeviceChunk] = (),
+        bundles: Seq[Bundle] = (),
+        *,
+        alone: bool = False,
+    ) -> Batch:
+        return Batch(
+            self._kv,
+            places,
+            singles,
+            chunks,
+            bundles,
+            self._cudnn,
+            self._processors,
+            self._arrived,
+            self._following,
+            alone,
+        )
+
+    def _items(self, rows: int) -> int:
+        """Into how many parts the contexts of so many single tokens are split: one wave of programs, or a row each."""
+        return max(rows, _WAVE * self._processors // self._layout.kv_heads)
 
     def _run(
         self, batch: Batch, ids: torch.Tensor, positions: torch.Tensor, ends: torch.Tensor | None = None

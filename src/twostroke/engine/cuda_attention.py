@@ -5,7 +5,7 @@ To torch.compile and CUDA graphs the operator is opaque: what each row attends t
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +28,10 @@ class Singles:
     """The first ``rows`` rows: one token of a sequence each."""
 
     rows: int
-    tables: torch.Tensor  # int32: slots of row i start at i * width[0]
-    width: torch.Tensor  # int32 [1]
+    tables: torch.Tensor  # int32: slots of row i start at i * sizes[0]
+    sizes: torch.Tensor  # int32 [2]: slots of a table, and rows that do not only fill up
     lengths: torch.Tensor  # int32 [rows]: tokens of context, the row's own included
+    work: torch.Tensor  # int32 [items, 3]: see ``attend_one``
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Batch:
     bundles: Seq[Bundle]
     cudnn: CudnnAttention | None
     processors: int  # of the device
+    arrived: torch.Tensor  # int32, zeros between kernels: how many of those who share a result are done
+    following: Mapping[int, torch.Tensor]  # by a weight's address, the weight that is read next
     alone: bool = False  # all rows are copies of the first
 
     @contextmanager
@@ -142,7 +145,9 @@ def _attend(
     index = int(layer)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     rows, heads, dim = query.shape
-    store(key, value, batch.kv, index, batch.places)
+    singles = batch.singles
+    if (first := singles.rows if singles else 0) < rows:
+        store(key[first:], value[first:], batch.kv, index, batch.places[first:])
     # cuDNN writes whole tiles: some rows beyond a chunk's last.
     spare = _COARSE if batch.chunks and batch.cudnn else 0
     out = torch.empty(rows + spare, heads, dim, dtype=query.dtype, device=query.device)
@@ -150,10 +155,10 @@ def _attend(
         _attend_chunk(batch, chunk, index, query, key, value, out, scaling, window)
     if batch.bundles:
         _attend_bundles(batch, index, query, out, scaling, window)
-    if (singles := batch.singles) is not None:
+    if singles is not None:
         attend_one(
-            query[: singles.rows], batch.kv, index, singles.tables, singles.width, singles.lengths, out,
-            scale=scaling, window=window, processors=batch.processors,
+            query, key, value, batch.kv, index, batch.places, singles.tables, singles.sizes, singles.lengths,
+            singles.work, batch.arrived, out, rows=singles.rows, scale=scaling, window=window,
         )  # fmt: skip
     return out[None, :rows]
 

@@ -1,5 +1,4 @@
-"""Triton kernels: store a step's K and V in a block-major pool, attend with one token a sequence, and multiply few
-rows with a large weight.
+"""Triton kernels: store a step's K and V in a block-major pool, and attend with one token a sequence.
 
 The pool is read and written where it lies: ``kv`` is ``[slots, layers, 2, kv_heads, block_tokens, head_dim]``. A
 *place* is ``slot * block_tokens + offset``, the position of one token in it.
@@ -11,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 64  # tokens of context that one program takes at a time
-_MAX_SPLITS = 64
+from twostroke.engine.cuda_step import PARTS, TILE
+
+_TILE_BYTES = 16 << 10  # of K, or V, that a program takes at a time, at most
 _LEAST = 16  # of each side of a matrix product
-_WIDE_PRODUCT = 8192  # outputs of a product, beyond which there is work for all however it is cut
-_FULL = 0.8  # share of the last wave of programs that must have work
 _ZEROED = 256  # tokens; attention reads whole tiles, and not even with weight 0 may it meet what is not a number
 
 
@@ -60,74 +58,120 @@ def _gather(kv, table, blocks, out, slot_stride, layer_offset, out_head, SIZE: t
 
 
 @triton.jit
-def _attend_split(
-    query, kv, tables, width, lengths, part, peak, mass, query_row, query_head, slot_stride, layer_offset, scale,
-    window, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    TILE: tl.constexpr, WIDE_GROUP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+def _join(
+    part, peak, mass, first, parts, stride, GROUP: tl.constexpr, FEW: tl.constexpr, WIDE: tl.constexpr,
+    MOST: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence's context, for the query heads of one KV head: unnormalised sum, peak and mass."""
-    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    length = tl.load(lengths + row)
-    table = tables + row * tl.load(width)
-    oldest = tl.maximum(length - window, 0)
-    skipped = oldest // TILE
-    tiles = tl.cdiv(length, TILE) - skipped
-    first = skipped + split * tiles // SPLITS
-    last = skipped + (split + 1) * tiles // SPLITS
-    heads = tl.arange(0, WIDE_GROUP)[:, None]
-    dims = tl.arange(0, WIDE)[None, :]
-    q = tl.load(
-        query + row * query_row + (kv_head * GROUP + heads) * query_head + dims, (heads < GROUP) & (dims < DIM), 0.0
-    )
-    top = tl.full([WIDE_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([WIDE_GROUP], tl.float32)
-    acc = tl.zeros([WIDE_GROUP, WIDE], tl.float32)
-    for tile in range(first, last):
-        tokens = tile * TILE + tl.arange(0, TILE)
-        seen = (tokens < length) & (tokens >= oldest)
-        slots = tl.load(table + tokens // BLOCK, seen, 0).to(tl.int64)
-        at = slots * slot_stride + layer_offset + (kv_head * BLOCK + tokens % BLOCK) * DIM
-        real = seen[:, None] & (dims < DIM)
-        k = tl.load(kv + at[:, None] + dims, real, 0.0)
-        v = tl.load(kv + at[:, None] + KV_HEADS * BLOCK * DIM + dims, real, 0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new == float("-inf"), 0.0, new)  # a tile of which nothing is seen
-        p = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        total = total * shrink + tl.sum(p, 1)
-        top = new
-    rows = ((row * KV_HEADS + kv_head) * SPLITS + split) * WIDE_GROUP + tl.arange(0, WIDE_GROUP)
-    tl.store(part + rows[:, None] * WIDE + dims, acc)
-    tl.store(peak + rows, top)
-    tl.store(mass + rows, total)
+    """All parts of one row's context as one: ``[FEW, WIDE]``."""
+    heads, dims = tl.arange(0, FEW), tl.arange(0, WIDE)
+    some = tl.arange(0, MOST)[:, None]
+    at = first + some * stride + heads[None, :]
+    peaks = tl.load(peak + at, some < parts, float("-inf"), cache_modifier=".cg")
+    top = tl.max(peaks, 0)  # finite: one of the parts has the row's own token
+    total = tl.sum(tl.load(mass + at, some < parts, 0.0, cache_modifier=".cg") * tl.exp2(peaks - top[None, :]), 0)
+    acc = tl.zeros([FEW, WIDE], tl.float32)
+    for index in tl.range(0, parts, loop_unroll_factor=8):
+        its = first + index * stride + heads
+        weight = tl.exp2(tl.load(peak + its, cache_modifier=".cg") - top)
+        its = its[:, None] * WIDE + dims[None, :]
+        acc += weight[:, None] * tl.load(part + its, heads[:, None] < GROUP, 0.0, cache_modifier=".cg")
+    return acc / total[:, None]
 
 
 @triton.jit
-def _combine(
-    part, peak, mass, out,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    WIDE_GROUP: tl.constexpr, WIDE: tl.constexpr, WIDE_SPLITS: tl.constexpr, EARLY: tl.constexpr,
+def _put(
+    result, to, row, copies, ROWS, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one query head as one."""
+    """The result of one row's query heads to its place, and to the last ``copies - 1`` rows."""
+    heads, dims = tl.arange(0, TALL)[:, None], tl.arange(0, WIDE)[None, :]
+    for copy in range(copies):
+        at = tl.where(copy == 0, row, ROWS - copy)
+        tl.store(to + (at * HEADS + heads) * DIM + dims, result, (heads < GROUP) & (dims < DIM))
+
+
+@triton.jit
+def _attend(
+    query, key, value, kv, places, tables, sizes, lengths, work, out, part, peak, mass, arrived,
+    query_row, query_head, key_row, key_head, value_row, value_head, slot_stride, layer_offset, scale, window, ROWS,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, WIDE_GROUP: tl.constexpr, FEW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    MOST: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One part of one row's context, for the query heads of one KV head. Whoever is the last of a row's parts to be
+    done puts them together. The last part also takes the row's own K and V, and stores them.
+    """
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    row = tl.load(work + item * 3).to(tl.int64)
+    mine = tl.load(work + item * 3 + 1)
+    parts = tl.load(work + item * 3 + 2)
+    length = tl.load(lengths + row)
+    table = tables + row * tl.load(sizes)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    splits = tl.arange(0, WIDE_SPLITS)
-    dims = tl.arange(0, WIDE)
-    rows = ((row * KV_HEADS + head // GROUP) * SPLITS + splits) * WIDE_GROUP + head % GROUP
-    tops = tl.load(peak + rows, splits < SPLITS, float("-inf"))
-    weight = tl.exp2(tops - tl.max(tops, 0))
-    total = tl.sum(weight * tl.load(mass + rows, splits < SPLITS, 0.0), 0)
-    parts = tl.load(part + rows[:, None] * WIDE + dims[None, :], (splits < SPLITS)[:, None], 0.0)
-    result = tl.sum(parts * weight[:, None], 0) / total
-    tl.store(out + (row * HEADS + head) * DIM + dims, result, dims < DIM)
+    if parts > 0:
+        oldest = tl.maximum(length - window, 0)
+        skipped = oldest // TILE
+        tiles = tl.maximum(tl.cdiv(length - 1, TILE) - skipped, 0)
+        first = skipped + mine * tiles // parts
+        last = skipped + (mine + 1) * tiles // parts
+        heads = tl.arange(0, WIDE_GROUP)
+        dims = tl.arange(0, WIDE)
+        q = tl.load(
+            query + row * query_row + (kv_head * GROUP + heads[:, None]) * query_head + dims[None, :],
+            (heads[:, None] < GROUP) & (dims[None, :] < DIM),
+            0.0,
+        )
+        top = tl.full([WIDE_GROUP], float("-inf"), tl.float32)
+        total = tl.zeros([WIDE_GROUP], tl.float32)
+        acc = tl.zeros([WIDE_GROUP, WIDE], tl.float32)
+        if mine == parts - 1:
+            new_k = tl.load(key + row * key_row + kv_head * key_head + dims, dims < DIM, 0.0)
+            new_v = tl.load(value + row * value_row + kv_head * value_head + dims, dims < DIM, 0.0)
+            place = tl.load(places + row)
+            home = (place // BLOCK).to(tl.int64) * slot_stride + layer_offset + (kv_head * BLOCK + place % BLOCK) * DIM
+            tl.store(kv + home + dims, new_k, (dims < DIM) & (place >= 0))
+            tl.store(kv + home + KV_HEADS * BLOCK * DIM + dims, new_v, (dims < DIM) & (place >= 0))
+            top = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+            total += 1.0
+            acc += new_v.to(tl.float32)[None, :]
+        for tile in range(first, last):
+            tokens = tile * TILE + tl.arange(0, TILE)
+            seen = (tokens < length - 1) & (tokens >= oldest)
+            slots = tl.load(table + tokens // BLOCK, seen, 0).to(tl.int64)
+            at = slots * slot_stride + layer_offset + (kv_head * BLOCK + tokens % BLOCK) * DIM
+            real = seen[:, None] & (dims[None, :] < DIM)
+            k = tl.load(kv + at[:, None] + dims[None, :], real, 0.0)
+            v = tl.load(kv + at[:, None] + KV_HEADS * BLOCK * DIM + dims[None, :], real, 0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new = tl.maximum(top, tl.max(scores, 1))
+            base = tl.where(new == float("-inf"), 0.0, new)  # a tile of which nothing is seen
+            p = tl.exp2(scores - base[:, None])
+            shrink = tl.exp2(top - base)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+            total = total * shrink + tl.sum(p, 1)
+            top = new
+        copies = 1
+        if row == 0:
+            copies += ROWS - tl.load(sizes + 1)
+        to = out + kv_head * GROUP * DIM
+        if parts == 1:
+            _put(acc / total[:, None], to, row, copies, ROWS, HEADS, GROUP, DIM, WIDE_GROUP, WIDE)
+        else:
+            own = (item * KV_HEADS + kv_head) * WIDE_GROUP + heads
+            tl.store(part + own[:, None] * WIDE + dims[None, :], acc, heads[:, None] < GROUP)
+            tl.store(peak + own, top)
+            tl.store(mass + own, total)
+            tl.debug_barrier()
+            done = arrived + row * KV_HEADS + kv_head
+            if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                tl.debug_barrier()
+                tl.store(done, 0)
+                first_part = ((item - mine) * KV_HEADS + kv_head) * WIDE_GROUP
+                joined = _join(part, peak, mass, first_part, parts, KV_HEADS * WIDE_GROUP, GROUP, FEW, WIDE, MOST)
+                _put(joined, to, row, copies, ROWS, HEADS, GROUP, DIM, FEW, WIDE)
 
 
 def store(key: torch.Tensor, value: torch.Tensor, kv: torch.Tensor, layer: int, places: torch.Tensor) -> None:
@@ -178,118 +222,54 @@ def gather(kv: torch.Tensor, layer: int, table: torch.Tensor, size: int) -> torc
 
 def attend_one(
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     kv: torch.Tensor,
     layer: int,
+    places: torch.Tensor,
     tables: torch.Tensor,
-    width: torch.Tensor,
+    sizes: torch.Tensor,
     lengths: torch.Tensor,
+    work: torch.Tensor,
+    arrived: torch.Tensor,
     out: torch.Tensor,
     *,
+    rows: int,
     scale: float,
     window: int,
-    processors: int,
 ) -> None:
-    """Attention of one token a sequence to its context, into ``out``. Nothing depends on what is in the tensors but
-    the result, so it can be captured in a graph.
+    """Store K and V of one token a sequence in the pool, and attend with it to all its context, into ``out``.
+
+    Nothing depends on what is in the tensors but the result, so it can be captured in a graph.
 
     Args:
-        query: ``[rows, heads, head_dim]``, the last dimension dense.
+        query: ``[rows or more, heads, head_dim]``, the last dimension dense.
+        key: ``[rows or more, kv_heads, head_dim]``, likewise; ``value`` alike.
         kv: the pool.
         layer: whose K and V to read.
-        tables: ``int32``: the slots of row ``i`` start at ``i * width[0]``.
-        width: ``int32 [1]``.
+        places: ``int32 [rows]``: where K and V of each row go; negative is nowhere.
+        tables: ``int32``: the slots of row ``i`` start at ``i * sizes[0]``.
+        sizes: ``int32 [2]``: see there; and how many rows get a result of their own. The others get the first row's.
         lengths: ``int32 [rows]``: tokens of context, the row's own included; at least 1.
+        work: ``int32 [items, 3]``: (row, part, parts); a row's parts, in order, are items that follow each other, at
+            most ``PARTS``. Where parts is 0 there is nothing to do.
+        arrived: ``int32``, ``rows * kv_heads`` zeros or more; zeros again afterwards.
         out: ``[rows, heads, head_dim]``, dense.
+        rows: how many.
         scale: factor of the scores.
         window: tokens that a row looks back, itself included.
-        processors: multiprocessors of the device, which the context is split over.
     """
-    (rows, heads, dim), (kv_heads, block) = query.shape, kv.shape[3:5]
+    (heads, dim), (kv_heads, block) = query.shape[1:], kv.shape[3:5]
     group, wide = heads // kv_heads, max(_LEAST, triton.next_power_of_2(dim))
-    wide_group = max(_LEAST, triton.next_power_of_2(group))
-    splits = max(1, min(_MAX_SPLITS, triton.cdiv(4 * processors, rows * kv_heads)))
-    part = torch.empty(rows, kv_heads, splits, wide_group, wide, device=query.device)
-    peak, mass = torch.empty(2, rows, kv_heads, splits, wide_group, device=query.device)
-    _attend_split[(rows, kv_heads, splits)](
-        query, kv, tables, width, lengths, part, peak, mass, query.stride(0), query.stride(1),
-        kv.stride(0), layer * kv.stride(1), scale * 1.4426950408889634, window,
-        kv_heads, group, dim, block, splits, _TILE, wide_group, wide,
-        "ieee" if kv.dtype == torch.float32 else "tf32", early(), num_warps=4, num_stages=2, launch_pdl=early(),
+    wide_group, items = max(_LEAST, triton.next_power_of_2(group)), len(work)
+    assert rows * kv_heads <= len(arrived), "too many rows for their counters"
+    part = torch.empty(items, kv_heads, wide_group, wide, device=query.device)
+    peak, mass = torch.empty(2, items, kv_heads, wide_group, device=query.device)
+    _attend[(kv_heads, items)](
+        query, key, value, kv, places, tables, sizes, lengths, work, out, part, peak, mass, arrived,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        kv.stride(0), layer * kv.stride(1), scale * 1.4426950408889634, window, rows,
+        heads, kv_heads, group, dim, block, min(TILE, _TILE_BYTES // (wide * kv.element_size())), wide_group,
+        triton.next_power_of_2(group), wide, "ieee" if kv.dtype == torch.float32 else "tf32", PARTS,
+        early(), num_warps=4, num_stages=2, launch_pdl=early(),
     )  # fmt: skip
-    _combine[(rows, heads)](
-        part, peak, mass, out, heads, kv_heads, group, dim, splits, wide_group, wide, triton.next_power_of_2(splits),
-        early(), launch_pdl=early(),
-    )  # fmt: skip
-
-
-@triton.jit
-def _multiply_one(
-    x, weight, bias, y, N, K, HAS_BIAS: tl.constexpr, COPIES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """One row times some rows of the weight, on the plain cores, into ``COPIES`` rows of ``y``."""
-    outs = tl.program_id(0) * BN + tl.arange(0, BN)
-    ins = tl.arange(0, BK)
-    at = weight + outs[:, None].to(tl.int64) * K + ins[None, :]
-    some = (outs < N)[:, None]
-    acc = tl.zeros([BN, BK], tl.float32)
-    for start in range(0, K, BK):
-        real = start + ins < K
-        w = tl.load(at + start, some & real[None, :], 0.0)
-        acc += w.to(tl.float32) * tl.load(x + start + ins, real, 0.0).to(tl.float32)[None, :]
-    result = tl.sum(acc, 1)
-    if HAS_BIAS:
-        result += tl.load(bias + outs, outs < N, 0.0).to(tl.float32)
-    for copy in tl.static_range(COPIES):
-        tl.store(y + copy * N + outs, result, outs < N)
-
-
-@triton.jit
-def _multiply_few(
-    x, weight, bias, y, M, N, K, x_row, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """Few rows times some rows of the weight; the weight is the left side, of which a matrix product takes more."""
-    outs = tl.program_id(0) * BN + tl.arange(0, BN)
-    rows = tl.arange(0, BM)
-    ins = tl.arange(0, BK)
-    real = (rows < M)[None, :]
-    at = weight + outs[:, None].to(tl.int64) * K + ins[None, :]
-    of_x = x + rows[None, :] * x_row + ins[:, None]
-    acc = tl.zeros([BN, BM], tl.float32)
-    for start in range(0, K, BK):
-        acc = tl.dot(tl.load(at + start), tl.load(of_x + start, real, 0.0), acc)
-    if HAS_BIAS:
-        acc += tl.load(bias + outs).to(tl.float32)[:, None]
-    tl.store(y + rows[None, :] * N + outs[:, None], acc, real)
-
-
-def multiply(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, alone: bool, processors: int
-) -> torch.Tensor | None:
-    """``x @ weight.T + bias`` for few rows, at the speed at which the weight can be read; ``None`` where cuBLAS is as
-    fast or faster. See ``benchmarks/bench_products_cuda.py``.
-
-    Args:
-        x: ``[rows, inner]``, bfloat16, the last dimension dense.
-        weight: ``[outer, inner]``, dense.
-        bias: ``[outer]``.
-        alone: all rows are copies of the first.
-        processors: multiprocessors of the device.
-    """
-    (rows, inner), outer = x.shape, weight.shape[0]
-    if alone:
-        y = x.new_empty(rows, outer)
-        of, at_once = (8, 512) if outer > _WIDE_PRODUCT else (4, 1024)
-        _multiply_one[(triton.cdiv(outer, of),)](
-            x, weight, bias, y, outer, inner, bias is not None, rows, of, at_once, num_warps=4
-        )
-        return y
-    of, at_once = (64, 128) if rows > _LEAST and outer > _WIDE_PRODUCT else (32, 256)
-    waves = outer / of / processors  # the last one should be nearly full
-    if rows == 0 or rows > 2 * _LEAST or outer % of or inner % at_once or waves / -(-waves // 1) < _FULL:
-        return None
-    y = x.new_empty(rows, outer)
-    _multiply_few[(outer // of,)](
-        x, weight, bias, y, rows, outer, inner, x.stride(0), bias is not None, _LEAST if rows <= _LEAST else 2 * _LEAST,
-        of, at_once, num_warps=4, num_stages=4,
-    )  # fmt: skip
-    return y

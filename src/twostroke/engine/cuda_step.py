@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import groupby
+from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,9 @@ import numpy.typing as npt
 from twostroke.engine.scheduler import Chunk, Sequence
 
 Ints = npt.NDArray[np.int32]
+TILE = 64  # tokens of context, below which those of a single token are not split
 _LEAST = 128  # tokens that plans are built for
+PARTS = 64  # of one context, at most
 _ALONE = 2048  # tokens from which on a chunk is attended to by itself, however many others there are
 
 
@@ -57,7 +60,9 @@ class Step:
     positions: Ints  # [rows]
     places: Ints  # [rows]: slot * block_tokens + offset, where its K and V go; -1: nowhere
     lengths: Ints  # [singles]: tokens of context, the row's own included
+    work: Ints  # [items, 3]: a row of a single token, and which part, of how many, of its context; 0 of 0 is nothing
     tables: Ints  # [singles, width]: slots
+    singles: int  # rows of single tokens, less those that only fill up
     ends: Ints  # rows that are sampled from
     longs: Seq[Long] = field(default=())
     shorts: Seq[Short] = field(default=())
@@ -66,13 +71,14 @@ class Step:
         """All arrays. What comes after ``tables`` can only be found by who knows their size."""
         of_longs = [a for one in self.longs for a in (one.table, _ints(one.tokens), _ints(one.start + one.tokens))]
         of_shorts = [a for one in self.shorts for a in (one.rows, one.keys, one.starts, one.table)]
-        width = _ints(self.tables.shape[1])
+        sizes = np.array([self.tables.shape[1], self.singles], np.int32)
         return [
             self.ids,
             self.positions,
             self.places,
             self.lengths,
-            width,
+            self.work,
+            sizes,
             self.tables,
             self.ends,
             *of_longs,
@@ -81,7 +87,13 @@ class Step:
 
 
 def step_of(
-    chunks: Seq[Chunk], block: int, sampled: Mapping[Sequence, int], *, rows: int = 0, together: bool = True
+    chunks: Seq[Chunk],
+    block: int,
+    sampled: Mapping[Sequence, int],
+    *,
+    rows: int = 0,
+    items: int = 0,
+    together: bool = True,
 ) -> Step:
     """The arrays of these chunks, single tokens first.
 
@@ -90,6 +102,7 @@ def step_of(
         block: tokens in a block.
         sampled: which token of the step before is each sequence's, where it is not known yet.
         rows: fill up with copies of the first row, which must be a single token, to this many. They are stored nowhere.
+        items: into how many parts the contexts of single tokens are split, all together; at least one each.
         together: whether short chunks may be attended to together.
     """
     ids: list[int] = []
@@ -126,7 +139,9 @@ def step_of(
         positions=positions,
         places=np.concatenate([*places, np.full(spare, -1, np.int32)]),
         lengths=positions[:decoding] + 1,
+        work=_split(positions[: len(tables)] + 1, max(items, decoding)),
         tables=slots,
+        singles=len(tables),
         ends=ends[[chunk.samples for chunk in chunks]],
         longs=alone,
         shorts=shorts,
@@ -144,10 +159,32 @@ def prompts_of(chunks: Seq[Chunk], block: int, room: Room) -> Step:
         positions=np.pad(step.positions, (0, spare)),
         places=np.pad(step.places, (0, spare), constant_values=-1),
         lengths=step.lengths,
+        work=step.work,
         tables=step.tables,
+        singles=0,
         ends=np.pad(step.ends, (0, room.sequences - len(step.ends))),
         shorts=[_together(step.longs, room, room.rows if room.sequences == 1 else 2 * room.rows)],
     )
+
+
+def _split(lengths: Ints, items: int) -> Ints:
+    """``Step.work``. No part is longer than need be for there to be no more than ``items``, so that all who compute
+    them have like amounts to do.
+    """
+    work = np.zeros((items, 3), np.int32)
+    if not len(lengths):
+        return work
+    tiles = -(-lengths // TILE)
+    most = int(tiles.max())
+    # Joining one part takes about an eighth of the time of computing one tile.
+    size = max(-(-int(tiles.sum()) // items), -(-most // min(PARTS, isqrt(8 * most))))
+    while (parts := -(-tiles // size)).sum() > items:
+        size += 1 + size // 16
+    rows = np.repeat(np.arange(len(lengths)), parts)
+    work[: len(rows), 0] = rows
+    work[: len(rows), 1] = np.arange(len(rows)) - (np.cumsum(parts) - parts)[rows]
+    work[: len(rows), 2] = parts[rows]
+    return work
 
 
 def _bundle(chunks: list[Long], block: int) -> tuple[list[Long], list[Short]]:

@@ -78,11 +78,12 @@ class _Linear(nn.Module):
         return self.product(input, self.weight, self.bias)
 
 
-def use_product(network: nn.Module, product: Product) -> None:
-    """Have all linear maps of the network computed by ``product``."""
+def use_product(network: nn.Module, product: Product) -> list[torch.Tensor]:
+    """Have all linear maps of the network computed by ``product``; returns their weights, in the modules' order."""
     for module in list(network.modules()):
         if isinstance(module, _Fused):
             module.product = product
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, _Linear(child, product))
+    return [module.weight for module in network.modules() if isinstance(module, _Fused | _Linear)]

@@ -126,6 +126,7 @@ CONSUMER: Table[ConsumerState, ConsumerEvent, ConsumerAction] = {
     (_C.PULLING, _c.VERIFIED): (_C.PULLING, (_ca.KEEP,)),
     (_C.PULLING, _c.SAMPLED): (_C.STREAMING, (_ca.EMIT,)),
     (_C.PULLING, _c.SAMPLED_LAST): (_C.CLOSED, (_ca.EMIT, _ca.ABORT, _ca.RELEASE)),
+    (_C.PULLING, _c.COMPLETE): (_C.RESUMED, (_ca.RESUME, _ca.RELEASE)),
     (_C.PULLING, _c.LOST): (_C.RESUMED, (_ca.RESUME, _ca.RELEASE)),
     (_C.PULLING, _c.ABORT): (_C.CLOSED, (_ca.ABORT, _ca.RELEASE)),
     (_C.STREAMING, _c.PUBLISHED): (_C.STREAMING, (_ca.READ,)),

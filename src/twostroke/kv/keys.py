@@ -12,6 +12,12 @@ def root_key(fingerprint: str, salt: str) -> BlockKey:
     return hashlib.blake2b(salt.encode(), digest_size=16, key=fingerprint.encode()).digest()
 
 
+def prompt_key(fingerprint: str, salt: str, token_ids: Sequence[int]) -> str:
+    """A name for a whole prompt, in hex: equal for two workers only if all of its blocks are."""
+    root = root_key(fingerprint, salt)
+    return hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16, key=root).hexdigest()
+
+
 def block_keys(parent: BlockKey, token_ids: Sequence[int], block_tokens: int) -> list[BlockKey]:
     """Keys of the full blocks of ``token_ids``, chained from ``parent``; a partial last block has none.
 

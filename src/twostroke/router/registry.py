@@ -13,10 +13,9 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Literal
 
 import aiohttp
-import msgspec
 from msgspec import Struct
 
-from twostroke.messages import PROTOCOL, SECRET_HEADER, Slots, WorkerInfo
+from twostroke.messages import PROTOCOL, SECRET_HEADER, Slots, WorkerInfo, decode
 from twostroke.router.policy import Pool
 
 log = logging.getLogger(__name__)
@@ -181,7 +180,7 @@ class Registry:
         except TimeoutError:
             self._missed(worker, f"no answer to a heartbeat for {SILENCE:.0f} s")
             worker.give_up()
-        except (aiohttp.ClientError, OSError, msgspec.MsgspecError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             self._missed(worker, str(error) or type(error).__name__)
         else:
             self._heard(place, info)
@@ -199,7 +198,7 @@ class Registry:
                 raise ValueError("it refuses the cluster secret: set the same TWOSTROKE_SECRET on both")
             if reply.status != 200:
                 raise ValueError(f"it answers /internal/info with status {reply.status}")
-            info = msgspec.json.decode(await reply.content.read(_MAX_INFO), type=WorkerInfo)
+            info = decode(await reply.content.read(_MAX_INFO), WorkerInfo)
         if info.protocol != PROTOCOL:
             raise ValueError(f"it speaks protocol {info.protocol}, this router {PROTOCOL}: run one version")
         return info

@@ -14,6 +14,8 @@ from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER
 _PASSED_ON = (b"content-type", b"content-encoding", b"accept", b"traceparent")
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 _DIGITS = 9  # of the size of a frame
+_MAX_EVENT = 64 << 20  # bytes of an event, or of the events of a frame; a journal's line counts in
+_TOO_LONG = "its events are too long"
 _UNAVAILABLE = b'"type":"%b"' % Unavailable.kind.encode()
 
 
@@ -79,22 +81,52 @@ class Cutter(Protocol):
         ...
 
 
+class _Torn:
+    """What may not be passed on yet, in pieces: joining them each time would take time with the square of its size."""
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes
+        self._pieces: list[bytes] = []
+
+    def add(self, piece: bytes) -> None:
+        """Keep it. ``ConnectionError`` if that is too much."""
+        self._pieces.append(piece)
+        self.size += len(piece)
+        if self.size > _MAX_EVENT:
+            raise ConnectionError(_TOO_LONG)
+
+    def take(self) -> bytes:
+        """All of it, which is then passed on."""
+        whole = b"".join(self._pieces)
+        self._pieces.clear()
+        self.size = 0
+        return whole
+
+
 class Events:
     """Cuts a stream of plain events, which can end anywhere."""
 
     def __init__(self) -> None:
-        self._torn = b""
+        self._torn = _Torn()
+        self._last = b""  # bytes of it, in which an end may have begun
 
     def feed(self, piece: bytes) -> Part:
-        if not self._torn and piece.endswith(_EVENT_ENDS):
+        if not self._torn.size and piece.endswith(_EVENT_ENDS):
             return Part(piece)
-        piece = self._torn + piece
-        end = max(piece.rfind(mark) + len(mark) if mark in piece else 0 for mark in _EVENT_ENDS)
-        self._torn = piece[end:]
-        return Part(piece[:end])
+        seam = self._last + piece
+        end = max(seam.rfind(mark) + len(mark) if mark in seam else 0 for mark in _EVENT_ENDS)
+        if not end:
+            self._torn.add(piece)
+            self._last = seam[-3:]
+            return Part(b"")
+        end -= len(self._last)
+        events = self._torn.take() + piece[:end]
+        self._torn.add(piece[end:])
+        self._last = piece[end:][-3:]
+        return Part(events)
 
     def end(self) -> bytes:
-        return self._torn
+        return self._torn.take()
 
 
 class Frames:
@@ -105,27 +137,36 @@ class Frames:
     """
 
     def __init__(self) -> None:
-        self._torn = b""
+        self._torn = _Torn()
+        self._needed = 0  # bytes, before there is a whole frame
         self._done = False
 
     def feed(self, piece: bytes) -> Part:
-        buffer = self._torn + piece if self._torn else piece
+        self._torn.add(piece)
+        if self._torn.size < self._needed:
+            return Part(b"")
+        buffer = self._torn.take()
         start, events, lines = 0, b"", b""
+        self._needed = 0
         while (head := buffer.find(b"\n", start) + 1) and buffer.startswith(b":", start):
             size, _, line = buffer[start + 1 : head].partition(b" ")
             if not size.isdigit() or len(size) > _DIGITS:
                 raise ConnectionError("its stream is broken")
             end = head + int(size)
             if end > len(buffer):
+                self._needed = end - start
+                if self._needed > _MAX_EVENT:
+                    raise ConnectionError(_TOO_LONG)
                 break
             events += buffer[head:end]
             lines += line if len(line) > 1 else b""
             start = end
-        self._torn = buffer[start:]
-        if self._torn.startswith(b"data: ") and self._torn.endswith(DONE):
-            if _UNAVAILABLE in self._torn:
+        torn = buffer[start:]
+        if torn.startswith(b"data: ") and torn.endswith(DONE):
+            if _UNAVAILABLE in torn:
                 raise ConnectionError("it goes away")
-            events, self._torn = events + self._torn, b""
+            events, torn = events + torn, b""
+        self._torn.add(torn)
         self._done = self._done or events.endswith(DONE)
         return Part(events, lines)
 

@@ -30,7 +30,14 @@ from twostroke.router.relay import Relay
 
 SHUTDOWN_SECONDS = 10.0  # for requests in flight, once the router is told to stop
 TOKEN_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/generate"})
-RELAYED_PATHS = ("/v1/models", "/health_generate", "/get_model_info", "/get_server_info", "/server_info")
+RELAYED_PATHS = (
+    "/v1/models",
+    "/health_generate",
+    "/get_model_info",
+    "/model_info",
+    "/get_server_info",
+    "/server_info",
+)
 _KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
 _ASK = aiohttp.ClientTimeout(total=5.0)  # a worker that only has to look something up
 _GENERATE = aiohttp.ClientTimeout(total=30.0)  # /health_generate waits for a token
@@ -115,7 +122,7 @@ class Router:
         try:
             reply = await self._ask(worker, "GET", f"/debug/requests/{id_}")
             return msgspec.json.decode(reply.body, type=Timeline).events if reply.status_code == 200 else ()
-        except (WorkerLost, msgspec.MsgspecError):
+        except (WorkerLost, ValueError, RecursionError):
             return ()
 
     # asked of workers

@@ -14,6 +14,7 @@ from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job
 from twostroke.errors import HandoverFailed
 from twostroke.handover.machine import CONSUMER, ConsumerAction, ConsumerEvent, ConsumerState, Machine
+from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Slot
 from twostroke.links.link import Claim, Link, choose
 from twostroke.messages import (
@@ -29,12 +30,13 @@ from twostroke.messages import (
     PoolAddress,
     Published,
     Sampled,
+    decode,
     encode,
 )
 
 _MAX_LINE = 16 << 20  # bytes of one event: a list of slots
+_MAX_CONFIRMED = 1 << 10  # bytes
 _event = msgspec.json.Decoder(Event)
-_confirmed = msgspec.json.Decoder(Confirmed)
 
 
 class Peer:
@@ -82,8 +84,10 @@ class Peer:
             ) as reply:
                 if reply.status != 200:
                     raise HandoverFailed(f"the producer refused: {await _reason(reply)}")
-                return _confirmed.decode(await reply.read()).alive
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+                if reply.content_length is None or reply.content_length > _MAX_CONFIRMED:
+                    raise HandoverFailed("the producer's confirmation is too long")
+                return decode(await reply.read(), Confirmed).alive
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise HandoverFailed(f"the producer cannot confirm: {error or type(error).__name__}") from error
 
 
@@ -101,6 +105,7 @@ class Pull:
         links: Sequence[Link],
         peer: Peer,
         patience: float,
+        takes_first: bool = True,
         lifecycle: Lifecycle,
     ) -> None:
         """A pull that has not begun.
@@ -108,6 +113,7 @@ class Pull:
         Args:
             links: what this worker reads with, best first.
             patience: seconds in which a producer that is alive must publish something new.
+            takes_first: the producer's first token is ours; else the engine samples it once every block is here.
         """
         self._job = job
         self._handover = handover
@@ -116,6 +122,7 @@ class Pull:
         self._links = links
         self._peer = peer
         self._patience = patience
+        self._takes_first = takes_first
         self._lifecycle = lifecycle
         self._machine = Machine(CONSUMER, ConsumerState.ATTACHING)
         layout = engine.model.layout
@@ -149,7 +156,9 @@ class Pull:
             raise
 
     async def _pull(self) -> None:
-        message = Attach(self._handover, self._attempt, self._fingerprint, self._have)
+        request = self._job.sequence.request
+        prompt = prompt_key(self._fingerprint, request.salt, request.prompt)
+        message = Attach(self._handover, self._attempt, self._fingerprint, self._have, prompt)
         async with contextlib.aclosing(self._peer.attach(message)) as events:
             await self._follow(events)
         self._check(self._done, "it ended too early")
@@ -179,7 +188,9 @@ class Pull:
                     self._check(self._from is not None, "a token before it opened")
                     self._check(self._first is None and len(output.tokens) == 1, "not one first token")
                     self._check(0 <= output.tokens[0].id < self._engine.model.vocab_size, "no token of the model")
-                    await self._sampled(output)
+                    self._check(0 <= output.cached_tokens <= self._prompt, "more cached tokens than the prompt has")
+                    if self._takes_first:
+                        await self._sampled(output)
                 case Ended(error):
                     self._check(error is None, error or "")
                     break
@@ -191,7 +202,13 @@ class Pull:
     @property
     def _done(self) -> bool:
         """Whether nothing more is expected of the producer."""
-        return self._first is not None and (self._first.finish is not None or self._verified == self._needed)
+        ended = self._first is not None and self._first.finish is not None
+        return ended or (self._verified == self._needed and not self._lacks_token)
+
+    @property
+    def _lacks_token(self) -> bool:
+        """Whether the first token is still to come."""
+        return self._takes_first and self._first is None
 
     async def _sampled(self, output: Output) -> None:
         self._sampled_at = time.monotonic()
@@ -233,7 +250,7 @@ class Pull:
         end = first + len(remote)
         if remote:
             await link.read(pool, remote, self._slots[first:end], Claim(self._handover, self._attempt))
-        last = end == self._needed and self._first is not None
+        last = end == self._needed and not self._lacks_token
         alive = await self._peer.confirm(Confirm(self._handover, self._attempt, pool.instance, end, last))
         self._check(alive, "its lease had ended before the blocks were read")
         self._verified = end

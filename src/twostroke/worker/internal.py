@@ -5,14 +5,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
-import msgspec
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import header, read_body, reply, unless_gone
 from twostroke.api.server import route
 from twostroke.errors import BadRequest, Unauthorized, Unavailable
-from twostroke.messages import SECRET_HEADER, Attach, Confirm, WorkerInfo, encode
+from twostroke.messages import SECRET_HEADER, Attach, Confirm, WorkerInfo, decode, encode
 from twostroke.worker.producer import Producer
 
 _MAX_MESSAGE = 64 << 10  # bytes
@@ -68,8 +67,8 @@ def _producer(worker: Inside) -> Producer:
 
 async def _read(scope: Scope, receive: Receive, type_: type[Message]) -> Message:
     try:
-        return msgspec.json.decode(await read_body(scope, receive, _MAX_MESSAGE), type=type_)
-    except (msgspec.MsgspecError, RecursionError) as error:
+        return decode(await read_body(scope, receive, _MAX_MESSAGE), type_)
+    except ValueError as error:
         raise BadRequest(f"{type_.__name__}: {error}") from None
 
 

@@ -9,6 +9,7 @@ import msgspec
 from twostroke.engine.engine import Engine, Job, Update
 from twostroke.errors import Conflict, HandoverFailed, RequestError
 from twostroke.handover.machine import PRODUCER, Machine, ProducerAction, ProducerEvent, ProducerState
+from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Lease
 from twostroke.messages import (
     PROTOCOL,
@@ -27,6 +28,7 @@ from twostroke.messages import (
     TcpEndpoint,
 )
 
+_ANOTHER_PROMPT = "the producer and the consumer were sent different prompts"
 _REMEMBERED = 4096  # hand-overs that are over, so that whoever comes late is told at once
 
 
@@ -43,6 +45,7 @@ class Export:
         closed: Callable[["Export"], None],
     ) -> None:
         self.attempt = attempt
+        self.prompt = ""  # ``prompt_key`` of what is handed over, as who came first said
         self.lease = engine.lease()
         self.job: Job | None = None
         self.first: Output | None = None  # the first token, once it is sampled
@@ -61,6 +64,11 @@ class Export:
     def open(self) -> bool:
         """Whether the lease is alive."""
         return self._machine.state is not ProducerState.CLOSED
+
+    def is_for(self, prompt: str) -> bool:
+        """Whether this is a hand-over of ``prompt``; until somebody has said so, it may be."""
+        self.prompt = self.prompt or prompt
+        return self.prompt == prompt
 
     def accepts(self, event: ProducerEvent) -> bool:
         """Whether the event is legal now."""
@@ -151,7 +159,7 @@ class Producer:
         Leaving early ends the hand-over.
 
         Raises:
-            Conflict: the same hand-over was asked for before.
+            Conflict: the same hand-over was asked for before, or its consumer has another prompt.
             RequestError: the prefill failed, or the consumer ended it.
         """
         if reason := self._over.get((handover, attempt)):
@@ -159,6 +167,9 @@ class Producer:
         export = self._export(handover, attempt)
         if not export.accepts(ProducerEvent.REQUEST) or export.attempt != attempt:
             raise Conflict(f"hand-over {handover} is under way already, as attempt {export.attempt}")
+        if not export.is_for(prompt_key(self._engine.model.layout.fingerprint, request.salt, request.prompt)):
+            export.fail(_ANOTHER_PROMPT)
+            raise Conflict(f"hand-over {handover}: {_ANOTHER_PROMPT}")
         reason = "the prefill was aborted"
         try:
             job = export.request(request, loads=loads)
@@ -190,7 +201,7 @@ class Producer:
         ``reached`` is the address of ours at which the consumer did reach us.
 
         Raises:
-            Conflict: the consumer has another layout or protocol, is late, or is not the only one.
+            Conflict: the consumer has another layout, protocol or prompt, is late, or is not the only one.
         """
         export = self._admit(message)
         export.on(ProducerEvent.ATTACH)
@@ -247,6 +258,8 @@ class Producer:
         export = self._export(message.handover, message.attempt)
         if not export.accepts(ProducerEvent.ATTACH) or export.attempt != message.attempt:
             raise Conflict(f"hand-over {message.handover} has a consumer already, or is attempt {export.attempt}")
+        if not export.is_for(message.prompt):
+            raise Conflict(f"hand-over {message.handover}: {_ANOTHER_PROMPT}")
         return export
 
     async def _events(self, export: Export, sent: int) -> AsyncGenerator[Event, None]:

@@ -14,10 +14,22 @@ import uvloop
 
 from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import bind, build_app, serve
-from twostroke.config import WorkerConfig, cluster_secret
+from twostroke.api.service import Load
+from twostroke.config import WorkerConfig, cluster_secret, is_loopback
 from twostroke.engine.engine import Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
-from twostroke.messages import ModelCard, Output, Request, Sampling, Slots, Ticket, WorkerInfo, WorkerState
+from twostroke.messages import (
+    ForeignTicket,
+    KvTransfer,
+    ModelCard,
+    Output,
+    Request,
+    Sampling,
+    Slots,
+    Ticket,
+    WorkerInfo,
+    WorkerState,
+)
 from twostroke.store.store import Store
 from twostroke.tokenizer import Tokenizer
 from twostroke.worker.consumer import Peer, Pull
@@ -26,6 +38,7 @@ from twostroke.worker.loading import Loaded, load
 from twostroke.worker.offload import Fetch, Offload
 from twostroke.worker.producer import Producer
 from twostroke.worker.tasks import end
+from twostroke.worker.tickets import Tickets
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
@@ -48,6 +61,7 @@ class Worker:
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
         self._offload: Offload | None = None
+        self._tickets = Tickets(self._instance, secret, config.bootstrap_hosts, alone=is_loopback(config.host))
         self.producer: Producer | None = None
         self.lifecycle = Lifecycle(config.name)
         self.lifecycle.watch(self._gauges)
@@ -162,11 +176,24 @@ class Worker:
             loaded.engine.abort(job)
             del self._jobs[job]
 
-    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> int:
-        """See ``Service``. Only the first choice of each prompt is handed over; the others find its blocks."""
-        prompts = [request for request in requests if request.choice == 0]
-        await asyncio.gather(*(self._produce(request, ticket) for request in prompts))
-        return sum(len(request.prompt) for request in prompts)
+    async def produce(self, requests: Sequence[Request], ticket: Ticket) -> list[Output]:
+        """See ``Service``."""
+        return await asyncio.gather(*(self._produce(request, ticket) for request in requests))
+
+    def load(self) -> Load:
+        """See ``Service``."""
+        engine = self._ready().engine
+        load = engine.load()
+        held = load.slots.leased * engine.model.layout.block_tokens
+        return Load(load.running, load.waiting, held + load.queued_tokens)
+
+    def ticket(self, word: ForeignTicket, *, insider: bool) -> Ticket:
+        """See ``Service``."""
+        return self._tickets.read(word, self._config.role, insider=insider)
+
+    def transfer(self, ticket: Ticket, host: str, port: int) -> KvTransfer:
+        """See ``Service``."""
+        return self._tickets.transfer(ticket, host, port)
 
     def abort(self, http_id: str) -> bool:
         """See ``Service``."""
@@ -233,6 +260,8 @@ class Worker:
             links=loaded.links,
             peer=Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout),
             patience=self._config.progress_timeout,
+            # P did not know how many tokens D wants at least, so it may have sampled an end that D must not take.
+            takes_first=ticket.same_body or not request.sampling.min_tokens,
             lifecycle=self.lifecycle,
         )
         try:
@@ -246,7 +275,7 @@ class Worker:
         """What the store can do for a request that is about to be submitted. None without a store."""
         return await self._offload.prepare(request, self._config.queue_timeout) if self._offload is not None else None
 
-    async def _produce(self, request: Request, ticket: Ticket) -> None:
+    async def _produce(self, request: Request, ticket: Ticket) -> Output:
         assert self.producer is not None, "a ready worker has a producer"
         handover = f"{ticket.id}/{request.prompt_index}"
         try:
@@ -268,6 +297,8 @@ class Worker:
             if fetch:
                 await fetch.end()
         self.lifecycle.stamp(request.id, "finished", reason="handover", output_tokens=1)
+        assert isinstance(update, Output), "the last update is the first token"
+        return update
 
     def _observe(self, job: Job, update: Update, *, first: bool) -> None:
         """Stamp what an update means in a request's life."""
