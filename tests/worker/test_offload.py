@@ -12,6 +12,7 @@ import torch
 from tests.engine.rig import Rig, ids, preemptions, request, running, until
 from tests.tiny import generate
 from twostroke.api.lifecycle import Lifecycle
+from twostroke.engine.pace import Pace
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.links.staging import staging
@@ -58,6 +59,13 @@ class Bench:
         return {report.name: report.hits for report in self.offload.store.reports()}
 
 
+class Unmeasured(Pace):
+    """Nobody knows how fast prefill is, unless a test says so: everything is loaded."""
+
+    def committed(self, tokens: int) -> None:
+        pass
+
+
 @asynccontextmanager
 async def bench(
     directory: Path, tiers: Callable[[int, str], Sequence[Tier]], slots: int = SLOTS
@@ -65,6 +73,7 @@ async def bench(
     """``tiers`` is given the bytes of a block and the layout's fingerprint. At the end nobody holds a slot."""
     async with running(directory, block_tokens=BLOCK, slots=slots) as rig:
         layout, lifecycle = rig.model.layout, Lifecycle("w")
+        rig.engine.pace = Unmeasured()  # or this tiny model would be computed quicker than loaded, at times
         store = Store(tiers(layout.block_bytes, layout.fingerprint), layout.block_bytes, most=4)
         offload = Offload(rig.engine, store, staging(torch.from_numpy(rig.memory.slots)), lifecycle)
         await offload.open()
@@ -142,11 +151,11 @@ async def test_what_the_first_tier_lost_comes_from_the_second(model: Path, tmp_p
         await fill(one)
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
         assert sum(one.hits().values()) == 8
-        assert one.hits()["disk"] >= 4
+        assert one.hits()["disk"] > 0
         (stamp,) = stamps(one)
         assert (stamp["found_blocks"], stamp["pool_blocks"], stamp["loaded_blocks"]) == (8, 0, 8)
         assert "disk" in str(stamp["tiers"])
-        assert "to load a block takes" in str(stamp["why"]) or "not measured" in str(stamp["why"])
+        assert stamp["why"] == "prefill is not measured yet"
         await one.offload.store.settle()  # and it is back in the first
         assert await one.tokens(request(PROMPTS[1], 1))
         await one.tokens(request(PROMPTS[0], COUNT))
@@ -223,7 +232,9 @@ async def test_a_tier_that_hangs_is_left_behind(model: Path) -> None:
     async with bench(model, only(tier)) as one:
         await fill(one)
         tier.go.clear()
+        one.rig.engine.pace.rate = 4000.0
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
+        one.rig.engine.pace.rate = None
         (report,) = one.offload.store.reports()
         assert (report.in_service, report.faults) == (False, 1)
         assert "no answer" in report.reason
