@@ -82,14 +82,14 @@ async def host(name: str, size: int, repeats: int) -> list[Row]:
     pool, other = Pool(blocks, size), PoolMemory(blocks, size, "other")
     tier = host_tier(size, blocks * size)
     await tier.open()
-    threads = ThreadPoolExecutor(2)
+    pair = ThreadPoolExecutor(2)
 
     def memcpy(first: int, step: int) -> None:
         for index in range(first, blocks, step):
             np.copyto(other.slots[index], pool.memory.slots[pool.order[index]])
 
     def both() -> None:
-        list(threads.map(memcpy, (0, 1), (2, 2)))
+        list(pair.map(memcpy, (0, 1), (2, 2)))
 
     figures: dict[str, list[float]] = {"put": [], "get": [], "one": [], "two": []}
     for turn in range(repeats + 1):
@@ -104,9 +104,9 @@ async def host(name: str, size: int, repeats: int) -> list[Row]:
     other.close()
     pool.memory.close()
     return [
-        row(f"host {what}, {name}", "GB/s", figures[what], figures[against], f"memcpy, {against} thread(s)", goal)
+        row(f"host {what}, {name}", "GB/s", figures[what], figures[threads], f"memcpy, threads: {threads}", goal)
         for what in ("put", "get")
-        for against, goal in (("one", ">= 0.85" if size >= 1 << 20 else ""), ("two", ""))
+        for threads, goal in (("one", ">= 0.85" if size >= 1 << 20 else ""), ("two", ""))
     ]
 
 
@@ -115,7 +115,7 @@ async def disk(path: Path, name: str, size: int, repeats: int) -> list[Row]:
     blocks = max(32, (384 << 20) // size)
     pool = Pool(blocks, size)
     capacity = int(1.2 * Segment.file_bytes(blocks, size))
-    tier = disk_tier(path / "tier", size, FINGERPRINT, capacity, "bench")
+    tier = disk_tier(path / f"tier-{size}", size, FINGERPRINT, capacity, "bench")
     await tier.open()
     fd = open_direct(str(path / "raw"), os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(fd, 0, blocks * pages(size))

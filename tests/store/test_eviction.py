@@ -18,7 +18,7 @@ def test_lru_evicts_what_was_not_asked_for_for_longest() -> None:
     lru = Lru()
     for one in keys(1, 2, 3):
         lru.add(one)
-    lru.touch(key(1))
+    lru.touch(keys(1))
     assert [lru.evict(nobody) for _ in range(4)] == [key(2), key(3), key(1), None]
 
 
@@ -41,7 +41,7 @@ def hit_rate(policy: Policy, trace: list[int], capacity: int) -> float:
     for one in map(key, trace):
         if one in here:
             hits += 1
-            policy.touch(one)
+            policy.touch([one])
             continue
         if len(here) == capacity:
             victim = policy.evict(nobody)
@@ -72,7 +72,7 @@ def test_a_policy_knows_exactly_what_is_there(name: PolicyName, steps: list[tupl
                 policy.add(one)
                 here.add(one)
             case "t" if one in here:
-                policy.touch(one)
+                policy.touch([one])
             case "r" if one in here:
                 policy.remove(one)
                 here.remove(one)

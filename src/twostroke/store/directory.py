@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import NO_ROOM, PAGE, aligned, open_direct, pages, read_at, write_at
+from twostroke.store.direct import NO_ROOM, PAGE, aligned, copy, open_direct, pages, read_at, write_at
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, pack, unpack, verify
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
@@ -218,7 +218,7 @@ class DirectoryTier:
             return False
         buffer = self._buffer()
         buffer[:HEADER_BYTES] = pack(Header(key, self._fingerprint, self._block_bytes, int(time.time()), block.digest))
-        buffer[PAGE : PAGE + self._block_bytes] = block.payload
+        copy(buffer[PAGE : PAGE + self._block_bytes], block.payload)
         temporary, file = self._path / "tmp" / uuid.uuid4().hex, self._file(key)
         try:
             fd = open_direct(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL)

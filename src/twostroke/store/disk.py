@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.store.direct import NO_ROOM, PAGE
-from twostroke.store.eviction import Lru, Policy
+from twostroke.store.eviction import Policy, S3Fifo
 from twostroke.store.format import Corrupt, Sealed
 from twostroke.store.segment import Segment
 from twostroke.store.slots import SlotTier
@@ -53,7 +56,9 @@ class _Folder:
         self._path.mkdir(parents=True, exist_ok=True)
         self._directory = self._own()
         self._clear_out()
-        found: list[tuple[int, BlockKey, int]] = []
+        keys: list[BlockKey] = []
+        slots: list[npt.NDArray[np.int64]] = []
+        times: list[npt.NDArray[np.uint64]] = []
         for name in self._names():
             self._next = max(self._next, int(name.removesuffix(SUFFIX)) + 1)
             try:
@@ -67,10 +72,14 @@ class _Folder:
                 os.unlink(name, dir_fd=self._directory)
                 continue
             first = self._add(segment)
-            found += [(header.written, header.key, first + slot) for slot, header in segment.headers()]
-        # Of a block that is there twice the newer one counts.
-        latest = {key: slot for _, key, slot in sorted(found, key=lambda one: (one[0], one[2]))}
-        return list(latest.items())
+            there, places, written = segment.index()
+            keys += there
+            slots.append(places + first)
+            times.append(written)
+        if not keys:
+            return []
+        order = np.argsort(np.concatenate(times), kind="stable")
+        return list(zip([keys[index] for index in order], np.concatenate(slots)[order].tolist(), strict=True))
 
     def size(self) -> int:
         """See ``Medium.size``."""
@@ -201,7 +210,7 @@ def unowned(path: Path) -> bool:
 
 
 def disk_tier(
-    path: Path, block_bytes: int, fingerprint: str, capacity: int, owner: str, policy: Callable[[], Policy] = Lru
+    path: Path, block_bytes: int, fingerprint: str, capacity: int, owner: str, policy: Callable[[], Policy] = S3Fifo
 ) -> SlotTier:
     """A tier of at most ``capacity`` bytes of files under ``path``. ``owner``: our name, the same after a restart.
 

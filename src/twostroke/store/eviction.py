@@ -6,7 +6,7 @@ that never comes back, passes through a small queue without pushing out what is 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
 from twostroke.kv.keys import BlockKey
@@ -21,8 +21,8 @@ class Policy(Protocol):
         """A block that was not there is stored."""
         ...
 
-    def touch(self, key: BlockKey) -> None:
-        """A block that is there was asked for."""
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks that are there were asked for, the last of them last."""
         ...
 
     def remove(self, key: BlockKey) -> None:
@@ -44,9 +44,11 @@ class Lru:
         """See ``Policy.add``."""
         self._keys[key] = None
 
-    def touch(self, key: BlockKey) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.touch``."""
-        self._keys.move_to_end(key)
+        move = self._keys.move_to_end
+        for key in keys:
+            move(key)
 
     def remove(self, key: BlockKey) -> None:
         """See ``Policy.remove``."""
@@ -81,10 +83,13 @@ class S3Fifo:
         else:
             self._small[key] = 0
 
-    def touch(self, key: BlockKey) -> None:
+    def touch(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.touch``."""
-        queue = self._small if key in self._small else self._main
-        queue[key] = min(queue[key] + 1, self._MOST)
+        small, main, most = self._small, self._main, self._MOST
+        for key in keys:
+            queue = small if key in small else main
+            if (uses := queue[key]) < most:
+                queue[key] = uses + 1
 
     def remove(self, key: BlockKey) -> None:
         """See ``Policy.remove``."""

@@ -22,15 +22,24 @@ The digests find damage, not forgery: whoever can write to a tier is trusted lik
 import struct
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from twostroke.kv.keys import BlockKey
 
 VERSION = 1
 HEADER_BYTES = 128
-_MAGIC = b"2STROKE\n"
+MAGIC = b"2STROKE\n"
 _FIELDS = struct.Struct("<8sIIQQ16s16s16s")
 _CHECK = struct.Struct("<Q")
+FIELDS = np.dtype(  # the same, for many headers at once
+    {
+        "names": ["magic", "version", "length", "written", "key", "fingerprint"],
+        "formats": ["S8", "<u4", "<u8", "<u8", "V16", "V16"],
+        "offsets": [0, 8, 16, 24, 32, 48],
+        "itemsize": HEADER_BYTES,
+    }
+)
 _USED = _FIELDS.size + _CHECK.size
 
 
@@ -63,7 +72,7 @@ def seal(payload: memoryview) -> Sealed:
 def pack(header: Header) -> bytes:
     """``HEADER_BYTES`` bytes."""
     fields = _FIELDS.pack(
-        _MAGIC, VERSION, 0, header.length, header.written, header.key, header.fingerprint, header.digest
+        MAGIC, VERSION, 0, header.length, header.written, header.key, header.fingerprint, header.digest
     )
     return (fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))).ljust(HEADER_BYTES, b"\0")
 
@@ -78,7 +87,7 @@ def unpack(raw: bytes | memoryview) -> Header:
         raise Corrupt("the header is cut off")
     fields = bytes(raw[: _FIELDS.size])
     magic, version, _, length, written, key, fingerprint, digest = _FIELDS.unpack(fields)
-    if magic != _MAGIC:
+    if magic != MAGIC:
         raise Corrupt("it is no stored block")
     if version != VERSION:
         raise Corrupt(f"it has format {version}, not {VERSION}")

@@ -3,12 +3,11 @@
 import uuid
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import PoolMemory
-from twostroke.store.eviction import Lru, Policy
+from twostroke.store.direct import copy
+from twostroke.store.eviction import Policy, S3Fifo
 from twostroke.store.format import Sealed
 from twostroke.store.slots import SlotTier
 
@@ -43,7 +42,7 @@ class _Arena:
 
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """See ``Medium.write``."""
-        np.copyto(np.frombuffer(self._view(slot), np.uint8), np.frombuffer(block.payload, np.uint8))  # without the GIL
+        copy(self._view(slot), block.payload)
         self._digests[slot] = block.digest
 
     def commit(self, slots: Sequence[int]) -> None:
@@ -64,7 +63,7 @@ class _Arena:
         return view
 
 
-def host_tier(block_bytes: int, capacity: int, policy: Callable[[], Policy] = Lru) -> SlotTier:
+def host_tier(block_bytes: int, capacity: int, policy: Callable[[], Policy] = S3Fifo) -> SlotTier:
     """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
 
     Raises:

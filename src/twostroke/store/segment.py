@@ -17,10 +17,14 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
 
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import PAGE, aligned, open_direct, pages, read_at, write_at
-from twostroke.store.format import HEADER_BYTES, VERSION, Corrupt, Header, Sealed, check, pack, unpack
+from twostroke.store.direct import PAGE, aligned, copy, open_direct, pages, read_at, write_at
+from twostroke.store.format import FIELDS, HEADER_BYTES, MAGIC, VERSION, Corrupt, Header, Sealed, check, pack, unpack
 
 _MAGIC = b"2STRKSEG"
 _FIELDS = struct.Struct("<8sIIQ16s")
@@ -121,20 +125,23 @@ class Segment:
         """Whether its file has no name any more: nobody would find it at the next start."""
         return os.fstat(self._fd).st_nlink == 0
 
+    def index(self) -> tuple[list[BlockKey], npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+        """Keys, slots, and when each block was written in unix seconds, as the headers say. They are verified when they
+        are read: a damaged one may name a block that there is not.
+        """
+        table = np.frombuffer(self._table, FIELDS, self.slots, PAGE)
+        good = (table["magic"] == MAGIC) & (table["version"] == VERSION) & (table["length"] == self._block_bytes)
+        slots = np.flatnonzero(good & (table["fingerprint"] == np.void(self._fingerprint)))
+        raw = table["key"][slots].tobytes()
+        return [raw[at : at + 16] for at in range(0, len(raw), 16)], slots, table["written"][slots]
+
     def headers(self) -> list[tuple[int, Header]]:
         """Slots with a good header, and those headers."""
         found = []
-        for slot in range(self.slots):
+        for slot in self.index()[1].tolist():
             at = PAGE + slot * HEADER_BYTES
-            raw = self._table[at : at + HEADER_BYTES]
-            if raw[0] == 0:  # never written, or forgotten
-                continue
-            try:
-                header = unpack(raw)
-                check(header, header.key, self._fingerprint, self._block_bytes)
-            except Corrupt:
-                continue
-            found.append((slot, header))
+            with suppress(Corrupt):
+                found.append((slot, unpack(self._table[at : at + HEADER_BYTES])))
         return found
 
     def read(self, slot: int, key: BlockKey) -> Sealed:
@@ -154,7 +161,7 @@ class Segment:
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """Put a block into a slot; it is found after a restart once ``commit`` has returned. ``OSError``."""
         buffer = self._buffer()
-        buffer[: self._block_bytes] = block.payload
+        copy(buffer[: self._block_bytes], block.payload)
         write_at(self._fd, buffer, self._offset(slot))
         header = Header(key, self._fingerprint, self._block_bytes, int(time.time()), block.digest)
         with self._lock:

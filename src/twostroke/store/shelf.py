@@ -7,6 +7,7 @@ Not thread-safe: a tier touches it on the event loop alone.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 from twostroke.kv.keys import BlockKey
 from twostroke.store.eviction import Policy
@@ -52,9 +53,9 @@ class Shelf:
         """Which of the blocks are here. To ask is to use them: a prefix is younger than what depends on it."""
         slots = self._slot
         found = [key in slots for key in keys]
-        for key, here in zip(reversed(keys), reversed(found), strict=True):
-            if here:
-                self._policy.touch(key)
+        here = list(compress(keys, found))
+        here.reverse()
+        self._policy.touch(here)
         return found
 
     def keys(self) -> list[BlockKey]:
@@ -62,9 +63,11 @@ class Shelf:
         return list(self._slot)
 
     def restore(self, slots: Iterable[tuple[BlockKey, int]]) -> None:
-        """Blocks that were found in these slots of an empty shelf, the next to be evicted first."""
-        for key, slot in slots:
-            self._slot[key] = slot
+        """Blocks that were found in these slots of an empty shelf, the next to be evicted first. Of a block that is
+        there twice the last counts.
+        """
+        self._slot = dict(slots)
+        for key in self._slot:
             self._policy.add(key)
         taken = set(self._slot.values())
         self._free = [slot for slot in range(self.total - 1, -1, -1) if slot not in taken]

@@ -83,11 +83,10 @@ class Store:
         for stage, here in zip(self.stages, found, strict=True):
             stage.count("misses", len(keys) - sum(here))
         where: list[int] = []
-        for index in range(len(keys)):
-            level = next((level for level, here in enumerate(found) if here[index]), None)
-            if level is None:
+        for here in zip(*found, strict=True):
+            if True not in here:
                 break
-            where.append(level)
+            where.append(here.index(True))
         return where
 
     async def get(self, level: int, keys: Sequence[BlockKey], target: Target, patience: float | None = None) -> int:

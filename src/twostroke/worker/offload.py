@@ -15,6 +15,7 @@ from twostroke.kv.pool import Slot
 from twostroke.links.staging import Staging
 from twostroke.messages import Output, Request
 from twostroke.store.choice import choose
+from twostroke.store.direct import copy
 from twostroke.store.format import Sealed, seal
 from twostroke.store.store import Hold, Store
 from twostroke.worker.flights import Flight, Flights
@@ -75,7 +76,7 @@ class SlotsEnd:
             return False
         try:
             staging, slot = self._staging(), self._slots[index]
-            staging.space(slot)[:] = block.payload
+            copy(staging.space(slot), block.payload)
             staging.store(slot)
             return True
         finally:
