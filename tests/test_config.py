@@ -211,3 +211,11 @@ def test_a_store_is_a_list_of_tiers() -> None:
 def test_what_is_no_store(text: str, words: str) -> None:
     with pytest.raises(StartupError, match=words):
         config.parse_store(text)
+
+
+def test_blocks_can_only_travel_through_a_store_that_is_shared() -> None:
+    config.check_link("auto", ())
+    config.check_link("store", config.parse_store("host:1GiB,dir:/mnt"))
+    for store in ("", "host:1GiB,disk:/mnt:1GiB"):
+        with pytest.raises(StartupError, match="--link store needs"):
+            config.check_link("store", config.parse_store(store))

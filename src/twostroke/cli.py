@@ -148,6 +148,7 @@ def up(
         model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss=on_loss, link=link,
         store=config.parse_store(options.store),
     )  # fmt: skip
+    config.check_link(settings.link, settings.store)
     return run(settings)
 
 
@@ -208,6 +209,7 @@ def serve(
         link=link,
         store=config.parse_store(options.store),
     )
+    config.check_link(settings.link, settings.store)
     from twostroke.worker.worker import run
 
     return run(settings)

@@ -18,7 +18,7 @@ from twostroke.messages import Role
 Schedule = Literal["concurrent", "serial"]
 Policy = Literal["least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
-LinkChoice = Literal["auto", "shm", "cuda-ipc", "tcp"]
+LinkChoice = Literal["auto", "shm", "cuda-ipc", "tcp", "store"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
@@ -61,6 +61,7 @@ class DirectoryTier(Struct, frozen=True, forbid_unknown_fields=True, tag="dir"):
 
 
 TierConfig = HostTier | DiskTier | DirectoryTier
+SHARED_TIERS = (DirectoryTier,)  # that other workers see, too
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -188,6 +189,16 @@ def parse_store(text: str | None) -> tuple[TierConfig, ...]:
     if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
         raise StartupError(f"--store has {', '.join(sorted(twice))} more than once")
     return tiers
+
+
+def check_link(link: LinkChoice, store: Sequence[TierConfig]) -> None:
+    """Can blocks travel in this way?
+
+    Raises:
+        StartupError: not through this store.
+    """
+    if link == "store" and not any(isinstance(tier, SHARED_TIERS) for tier in store):
+        raise StartupError("--link store needs a tier that both ends share: add for example --store dir:/mnt/shared")
 
 
 def _parse_tier(text: str) -> TierConfig:

@@ -134,3 +134,20 @@ async def test_decoding_goes_on_while_the_worker_that_shares_the_directory_is_st
             a.popen.send_signal(signal.SIGCONT)
             assert await writing == reference.generate(asked[1], TOKENS)
             await system.idle(session)
+
+
+async def test_prefill_and_decode_meet_only_in_the_store(tmp_path: Path, reference: Reference) -> None:
+    """``--link store``, also when the prefill worker is killed in the middle of a prompt."""
+    prompt = reference.prompts()[-2][:1000]
+    engine = [*FLOAT32, "--chunk-size", "128", "--store", f"dir:{tmp_path}/shared", "--link", "store"]
+    with launch(tmp_path, ROLES, engine=engine) as system:
+        async with client() as session:
+            await ask(session, system.url, reference, [prompt[:500]])
+            d = system.workers["decode-0"]
+            assert (await metrics(session, d))["hits dir"] == 31
+            assert (await system.info(session, "decode-0"))["link"] == "store"
+            answer = asyncio.create_task(generate(session, system.url, prompt, TOKENS))
+            await settled(session, d, "hits dir", 31 + 8)
+            system.workers["prefill-0"].kill()
+            assert await answer == reference.generate(prompt, TOKENS)
+            await system.idle(session, ["decode-0"])

@@ -21,7 +21,7 @@ from twostroke.store.disk import disk_tier
 from twostroke.store.host import host_tier
 from twostroke.store.store import Store
 from twostroke.store.tier import MemoryTier, Target, Tier
-from twostroke.worker.offload import Offload
+from twostroke.worker.offload import Offload, Writer
 
 SLOTS, BLOCK = 12, 4  # of the pool, and tokens
 PROMPTS = [[(7 * i + 3 * p) % 300 + 5 for i in range(33)] for p in range(6)]  # 8 full blocks each: no two fit
@@ -37,9 +37,9 @@ class Bench:
     offload: Offload
     lifecycle: Lifecycle
 
-    async def tokens(self, one: Request) -> list[int]:
-        """What a client gets, as a worker serves it."""
-        fetch = await self.offload.prepare(one, 30)
+    async def tokens(self, one: Request, writer: Writer | None = None) -> list[int]:
+        """What a client gets, as a worker serves it; with a ``writer``, one that decodes through the store."""
+        fetch = self.offload.follow(one, writer) if writer else await self.offload.prepare(one, 30)
         job = self.rig.engine.submit(one, loads=fetch.loads, reloads=True)
         fetch.submitted(job)
         outputs: list[Output] = []
@@ -345,3 +345,64 @@ async def test_a_store_smaller_than_a_request(model: Path) -> None:
         for _ in range(2):
             for prompt in PROMPTS[:3]:
                 assert await one.tokens(request(prompt, COUNT)) == generate(model, prompt, COUNT)
+
+
+# -- prefill on one worker, decode on another, and nothing but a tier between them -------------------------------------
+
+
+def writer(*, alive: bool = True, silence: float = 30.0, patience: float = 30.0) -> Writer:
+    """How the other worker seems."""
+
+    async def answers() -> bool:
+        return alive
+
+    return Writer(answers, silence, patience)
+
+
+@pytest.mark.parametrize("order", ["concurrent", "prefill first", "decode first"])
+async def test_decode_through_the_store(model: Path, order: str) -> None:
+    """The second worker loads what the first one writes, while it writes it."""
+    shared = MemoryTier()
+    async with bench(model, only(shared), 40) as p, bench(model, only(shared), 40) as d:
+        sizes = computed(d)
+        prefill = asyncio.create_task(p.tokens(request(PROMPTS[0], 1))) if order != "decode first" else None
+        if order == "prefill first":
+            assert prefill is not None
+            await prefill
+            await p.offload.store.settle()
+        answer = asyncio.create_task(d.tokens(request(PROMPTS[0], COUNT), writer()))
+        if prefill is None:
+            await asyncio.sleep(0.05)
+            prefill = asyncio.create_task(p.tokens(request(PROMPTS[0], 1)))
+        assert await answer == generate(model, PROMPTS[0], COUNT)
+        await prefill
+        assert d.hits()["memory"] == 8
+        assert sum(sizes) == 1 + COUNT - 1, "the last token's KV, and one more for each token but the last"
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (writer(alive=False, silence=0.05), "the producer is gone"),
+        (writer(alive=True, silence=0.02, patience=0.1), "nothing new for 0 s"),
+    ],
+)
+async def test_decode_goes_on_alone_when_nothing_comes(model: Path, other: Writer, reason: str) -> None:
+    """After four blocks, that is."""
+    shared = MemoryTier()
+    async with bench(model, only(shared), 40) as p, bench(model, only(shared), 40) as d:
+        await p.tokens(request(PROMPTS[0][:17], 1))
+        await p.offload.store.settle()
+        assert await d.tokens(request(PROMPTS[0], COUNT), other) == generate(model, PROMPTS[0], COUNT)
+        assert d.hits()["memory"] == 4
+        assert stamps(d, "fallback") == [{"reason": reason}]
+
+
+async def test_a_client_that_leaves_while_nothing_comes(model: Path) -> None:
+    async with bench(model, only(MemoryTier()), 40) as d:
+        leaving = asyncio.create_task(d.tokens(request(PROMPTS[0], COUNT), writer()))
+        await until(lambda: d.rig.counts.leased > 0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert d.rig.counts.leased == 0
+        assert not len(d.offload._flights)

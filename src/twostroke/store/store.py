@@ -77,11 +77,14 @@ class Store:
         await asyncio.gather(*self._sinks, return_exceptions=True)
         await asyncio.gather(*(stage.close() for stage in self.stages))
 
-    async def find(self, keys: Sequence[BlockKey]) -> list[int]:
-        """For each block of the longest prefix that is in any tier: the first tier that has it."""
+    async def find(self, keys: Sequence[BlockKey], *, wanted: bool = True) -> list[int]:
+        """For each block of the longest prefix that is in any tier: the first tier that has it.
+
+        ``wanted``: those that are not there count as misses.
+        """
         found = await asyncio.gather(*(stage.contains(keys) for stage in self.stages))
         for stage, here in zip(self.stages, found, strict=True):
-            stage.count("misses", len(keys) - sum(here))
+            stage.count("misses", wanted * (len(keys) - sum(here)))
         where: list[int] = []
         for here in zip(*found, strict=True):
             if True not in here:
@@ -107,7 +110,8 @@ class Store:
 
     def offer(self, keys: Sequence[BlockKey]) -> None:
         """These blocks can be found in the pool: every tier shall have them. Returns at once."""
-        for stage, pending, wake in zip(self.stages, self._pending, self._wake, strict=True):
+        for stage, pending, wake, idle in zip(self.stages, self._pending, self._wake, self._idle, strict=True):
+            idle.clear()
             for key in keys:
                 pending[key] = None
             while len(pending) > _MOST_PENDING:
@@ -132,7 +136,6 @@ class Store:
             if not pending:
                 idle.set()
                 await wake.wait()
-            idle.clear()
             wake.clear()
             batch = [pending.popitem(last=False)[0] for _ in range(min(self.batch, len(pending)))]
             await self._write(level, batch, origin)

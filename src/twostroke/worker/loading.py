@@ -72,7 +72,7 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     """
     settings = config.engine
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if config.link not in ("auto", TcpEndpoint.link, _mapping_link(device)):
+    if config.link not in ("auto", "store", TcpEndpoint.link, _mapping_link(device)):
         raise StartupError(f"--link {config.link} does not go with device {device}: use {_mapping_link(device)} or tcp")
     directory: Path = models.resolve(config.model, say, settings.load_format)
     say(f"loading {directory.name}")
@@ -107,7 +107,7 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     engine = Engine(model, Pool(num_slots), max_batch=settings.max_batch, token_budget=token_budget)
     links: list[Link] = []
     offers: list[PoolAddress] = []
-    if config.link != TcpEndpoint.link:
+    if config.link not in ("store", TcpEndpoint.link):
         links.append(mapping)
         offers.append(memory.address)
     server: TcpServer | None = None

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job, Update
@@ -23,6 +24,7 @@ from twostroke.worker.tasks import end
 
 log = logging.getLogger(__name__)
 _TRIAL_BLOCKS = 4  # loaded from a tier of unknown speed before anything else is decided
+_POLL_SECONDS = 0.005  # between looks at what a producer has written
 _LEAST_PATIENCE = 0.5  # seconds that a load may take, however fast computing would be
 
 
@@ -102,6 +104,34 @@ class _Hold:
         self._engine.release(self._lease)
 
 
+class Writer(NamedTuple):
+    """The worker that writes a prompt's blocks into a shared tier, as the one that waits for them sees it."""
+
+    alive: Callable[[], Awaitable[bool]]  # whether it answers
+    silence: float  # seconds without a new block after which it is asked
+    patience: float  # seconds without a new block after which it is given up, alive or not
+
+
+class _Load:
+    """How far the blocks of one job have come."""
+
+    def __init__(self, job: Job, keys: Sequence[BlockKey], slots: Sequence[Slot], have: int) -> None:
+        """``have``: blocks that are in the slots already."""
+        self.job = job
+        self.keys = keys
+        self.slots = slots
+        self.have = self.first = have
+        self.where: list[int] = []  # the tier of each of the first blocks
+        self.tiers: dict[str, int] = {}  # how many came from which
+        self.why = ""
+        self.began = time.monotonic()
+
+    def came(self, count: int, tier: str) -> None:
+        """So many more blocks are in their slots."""
+        self.have += count
+        self.tiers[tier] = self.tiers.get(tier, 0) + count
+
+
 class Offload:
     """The store of one worker, and what it does for its requests."""
 
@@ -141,19 +171,35 @@ class Offload:
         missing = [key for key in keys if key not in here]
         return Fetch(self, where, self._flights.begin(missing, request.priority))
 
-    async def load(self, job: Job, admitted: Admitted, where: Sequence[int] | None = None) -> None:
+    def follow(self, request: Request, producer: Writer) -> "Fetch":
+        """Before a request is submitted whose prompt another worker is computing, and writing into a shared tier."""
+        keys = self._keys(request)
+        here = self._here(keys, [])
+        return Fetch(
+            self, [], self._flights.begin([key for key in keys if key not in here], request.priority), producer
+        )
+
+    async def load(
+        self, job: Job, admitted: Admitted, where: Sequence[int] | None = None, producer: Writer | None = None
+    ) -> None:
         """Bring what is worth loading into the slots of a job that loads, and let it go on with that.
 
-        ``where``: the tier of each block of the prompt that is in the store; looked up if it is not given. On
-        cancellation nothing writes into the slots any more once this is done.
+        ``where``: the tier of each block of the prompt that is in the store; looked up if it is not given. With a
+        ``producer``, blocks that it is yet to write are waited for. On cancellation nothing writes into the slots any
+        more once this is done.
         """
         lease = self._engine.borrow(job)
         if lease is None:
             return
         try:
-            if where is None:
-                where = await self.store.find(self._keys_of(job))
-            await self._load(job, lease.slots, admitted.computed // self._block_tokens, list(where))
+            load = _Load(job, self._keys_of(job), lease.slots, admitted.computed // self._block_tokens)
+            if producer is None:
+                load.where = list(await self.store.find(load.keys) if where is None else where)
+                await self._load(load)
+            else:
+                await self._follow(load, producer)
+            if load.where:
+                self._stamp(load)
         finally:
             self._engine.release(lease)
         if job.sequence.finish is None:
@@ -189,40 +235,64 @@ class Offload:
         root = root_key(self._engine.model.layout.fingerprint, salt)
         return block_keys(root, tokens[:reusable], self._block_tokens)
 
-    async def _load(self, job: Job, slots: Sequence[Slot], have: int, where: list[int]) -> None:
-        request = job.sequence.request
-        keys, first, began, why = self._keys_of(job), have, time.monotonic(), ""
-        loaded: dict[str, int] = {}
-        while have < len(where):
-            count, why = self._worthwhile(where[have:])
+    async def _load(self, load: _Load) -> None:
+        """As much of what is in the store as is worth it."""
+        while load.have < len(load.where):
+            count, load.why = self._worthwhile(load.where[load.have :])
             if not count:
                 break
-            level = where[have]
-            end = have + next((i for i, other in enumerate(where[have : have + count]) if other != level), count)
+            level, have = load.where[load.have], load.have
+            end = have + next((i for i, other in enumerate(load.where[have : have + count]) if other != level), count)
             end = min(end, have + self._batch(level))
-            got = await self._fetch(level, keys[have:end], slots[have:end])
+            got = await self._fetch(level, load.keys[have:end], load.slots[have:end])
             if got:
-                have += got
-                name = self.store.stages[level].name
-                loaded[name] = loaded.get(name, 0) + got
-                self._engine.loaded(job, have * self._block_tokens, stored=True)
-            if have < end:  # evicted or damaged meanwhile, or the tier has failed: is there another one?
-                again = await self.store.find(keys[have:])
+                load.came(got, self.store.stages[level].name)
+                self._engine.loaded(load.job, load.have * self._block_tokens, stored=True)
+            if load.have < end:  # evicted or damaged meanwhile, or the tier has failed: is there another one?
+                again = await self.store.find(load.keys[load.have :])
                 if not got and again[:1] == [level]:
                     break
-                where = [*where[:have], *again]
-        if where:
-            self._lifecycle.stamp(
-                request.id,
-                "store",
-                found_blocks=len(where),
-                pool_blocks=first,
-                loaded_blocks=have - first,
-                bytes=(have - first) * self.store.block_bytes,
-                tiers=", ".join(f"{name} {count}" for name, count in loaded.items()),
-                load_ms=round((time.monotonic() - began) * 1e3, 3),
-                why=why,
-            )
+                load.where = [*load.where[: load.have], *again]
+
+    async def _follow(self, load: _Load, producer: Writer) -> None:
+        """Block after block, as the producer writes them. Given up when nothing new comes for too long, or sooner when
+        the producer is not there any more.
+        """
+        quiet, asked = time.monotonic(), time.monotonic()
+        while load.have < len(load.keys):
+            load.where = [*load.where[: load.have], *[0] * (load.have - len(load.where))]
+            load.where += await self.store.find(load.keys[load.have : load.have + self.store.batch], wanted=False)
+            have, now = load.have, time.monotonic()
+            await self._load(load)
+            if load.have > have:
+                quiet = now
+                continue
+            if load.have < len(load.where):  # it is there, and not worth loading, or cannot be had
+                break
+            reason = ""
+            if now - quiet > producer.patience:
+                reason = f"nothing new for {producer.patience:.0f} s"
+            elif now - max(quiet, asked) > producer.silence:
+                asked = now
+                reason = "" if await producer.alive() else "the producer is gone"
+            if reason:
+                self._lifecycle.stamp(load.job.sequence.request.id, "fallback", reason=reason)
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _stamp(self, load: _Load) -> None:
+        loaded = load.have - load.first
+        self._lifecycle.stamp(
+            load.job.sequence.request.id,
+            "store",
+            found_blocks=len(load.where),
+            pool_blocks=load.first,
+            loaded_blocks=loaded,
+            bytes=loaded * self.store.block_bytes,
+            tiers=", ".join(f"{name} {count}" for name, count in load.tiers.items()),
+            load_ms=round((time.monotonic() - load.began) * 1e3, 3),
+            why=load.why,
+        )
 
     def _worthwhile(self, where: Sequence[int]) -> tuple[int, str]:
         rates = [stage.reads.rate for stage in self.store.stages]
@@ -258,17 +328,18 @@ class Offload:
 class Fetch:
     """What the store does for one request, from before it is submitted until it has ended."""
 
-    def __init__(self, offload: Offload, where: list[int], flight: Flight) -> None:
+    def __init__(self, offload: Offload, where: list[int], flight: Flight, producer: Writer | None = None) -> None:
         """``where``: for each block of the longest prefix that is in the store, the first tier that has it."""
         self._offload = offload
+        self._producer = producer
         self._where = where
         self._flight = flight
         self._task: asyncio.Task[None] | None = None
 
     @property
     def loads(self) -> bool:
-        """Whether there is anything to load."""
-        return bool(self._where)
+        """Whether there is anything to load, or will be."""
+        return bool(self._where) or self._producer is not None
 
     def submitted(self, job: Job) -> None:
         """The request's job waits, or has slots already."""
@@ -278,7 +349,7 @@ class Fetch:
     def observe(self, job: Job, update: Update) -> None:
         """Something happened to the job."""
         match update:
-            case Admitted() if update.again or self._where:
+            case Admitted() if update.again or self.loads:
                 self._task = asyncio.create_task(self._load(job, update, self._task))
             case Output():
                 self._flight.end()
@@ -292,7 +363,8 @@ class Fetch:
         await end(before)
         stale = admitted.again or before is not None  # it was preempted, or blocks were moved while it waited
         try:
-            await self._offload.load(job, admitted, None if stale else self._where)
+            producer = None if admitted.again else self._producer
+            await self._offload.load(job, admitted, None if stale else self._where, producer)
         except Exception:  # nobody awaits this task: what it does not foresee must still end the request
             log.exception("request %s could not be loaded", job.sequence.request.id)
             job.push(EngineFailed("the store failed; the worker's log says how"))

@@ -35,13 +35,14 @@ from twostroke.tokenizer import Tokenizer
 from twostroke.worker.consumer import Peer, Pull
 from twostroke.worker.internal import internal_routes
 from twostroke.worker.loading import Loaded, load
-from twostroke.worker.offload import Fetch, Offload
+from twostroke.worker.offload import Fetch, Offload, Writer
 from twostroke.worker.producer import Producer
 from twostroke.worker.tasks import end
 from twostroke.worker.tickets import Tickets
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
+_PATIENCE = 4  # silences, after which a producer that answers and writes nothing new into the store is given up
 _HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
@@ -137,12 +138,13 @@ class Worker:
     async def generate(self, request: Request, ticket: Ticket | None) -> AsyncGenerator[Output, None]:
         """See ``Service``. With a ticket, the prompt's blocks come from its peer as far as they can."""
         loaded = self._admit(request)
-        pulls = ticket is not None and ticket.peer is not None and request.choice == 0
+        consumes = ticket is not None and ticket.peer is not None and request.choice == 0
+        pulls = consumes and self._config.link != "store"
         if pulls:
             self._pulled[request.id] = asyncio.Event()
         elif ticket is not None:
             await self._first_choice(request)
-        fetch = None if pulls else await self._fetch(request)
+        fetch = None if pulls else await self._fetch(request, ticket if consumes else None)
         job = loaded.engine.submit(request, loads=pulls or bool(fetch and fetch.loads), reloads=fetch is not None)
         self._jobs[job] = request.http_id
         pull: asyncio.Task[None] | None = None
@@ -218,7 +220,7 @@ class Worker:
             detail=self._detail,
             model=loaded.card.name if loaded else "",
             fingerprint=loaded.engine.model.layout.fingerprint if loaded else "",
-            link=", ".join(pool.memory.link for pool in loaded.offers) if loaded else "",
+            link=(", ".join(pool.memory.link for pool in loaded.offers) or self._config.link) if loaded else "",
             slots=load.slots if load else _NO_SLOTS,
             running=load.running if load else 0,
             waiting=load.waiting if load else 0,
@@ -271,19 +273,38 @@ class Worker:
             job.push(EngineFailed("the hand-over failed; the worker's log says how"))
         self._pulled[request.id].set()
 
-    async def _fetch(self, request: Request) -> Fetch | None:
-        """What the store can do for a request that is about to be submitted. None without a store."""
-        return await self._offload.prepare(request, self._config.queue_timeout) if self._offload is not None else None
+    async def _fetch(self, request: Request, ticket: Ticket | None = None) -> Fetch | None:
+        """What the store can do for a request that is about to be submitted; with a ticket, its blocks come through the
+        store. None without a store.
+        """
+        if self._offload is None:
+            return None
+        if ticket is None:
+            return await self._offload.prepare(request, self._config.queue_timeout)
+        silence = self._config.handover_timeout
+        return self._offload.follow(request, Writer(lambda: self._answers(ticket), silence, _PATIENCE * silence))
+
+    async def _answers(self, ticket: Ticket) -> bool:
+        """Whether the producer is there."""
+        assert self._session, "a ready worker has a session"
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._config.handover_timeout)
+            async with self._session.get(f"{ticket.peer}/health", timeout=timeout, allow_redirects=False) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return False
 
     async def _produce(self, request: Request, ticket: Ticket) -> Output:
         assert self.producer is not None, "a ready worker has a producer"
+        one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
+        if self._config.link == "store":
+            return await self._write(msgspec.structs.replace(request, sampling=one_token))
         handover = f"{ticket.id}/{request.prompt_index}"
         try:
             self._admit(request)
         except RequestError as error:
             self.producer.refuse(handover, ticket.attempt, error.message)
             raise
-        one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
         request = msgspec.structs.replace(request, sampling=one_token)
         fetch = await self._fetch(request)
         produced = self.producer.produce(request, handover, ticket.attempt, loads=bool(fetch and fetch.loads))
@@ -299,6 +320,13 @@ class Worker:
         self.lifecycle.stamp(request.id, "finished", reason="handover", output_tokens=1)
         assert isinstance(update, Output), "the last update is the first token"
         return update
+
+    async def _write(self, request: Request) -> Output:
+        """Compute a prompt, whose blocks reach the consumer through the store. The first token."""
+        async with aclosing(self.generate(request, None)) as outputs:
+            async for output in outputs:
+                return output
+        raise EngineFailed("no token was sampled")
 
     def _observe(self, job: Job, update: Update, *, first: bool) -> None:
         """Stamp what an update means in a request's life."""
