@@ -1,8 +1,10 @@
-"""What the hand-over over shared memory costs, on this CPU: one prefill and one decode worker of one thread each.
+"""What the hand-over costs over each link, on this CPU: one prefill and one decode worker of one thread each.
 
-The reference is one of the same workers doing both phases, asked directly. Fresh random prompts, in turn.
+Fresh random prompts. "Exposed" is what the client waits for KV after prefill has ended. "Second token" is the gap after
+the first one, against the mean gap of those that follow. Time to first token is compared, over shared memory, with one
+of the same workers doing both phases, asked directly, in turn.
 
-    python -m benchmarks.bench_handover [repeats]
+    python -m benchmarks.bench_handover [links] [repeats]       for example: shm,tcp,nixl 3
 """
 
 import asyncio
@@ -16,69 +18,80 @@ import aiohttp
 from benchmarks.common import Row, report, row
 from benchmarks.servers import free_port, running
 
-LENGTHS = (100, 1000, 2000, 4000)  # tokens
-OUTPUT = 8  # tokens
+LENGTHS = (1000, 2000, 4000, 8000)  # tokens
+COMPARED = (100, 1000, 2000, 4000)  # with one worker that does both phases; over shared memory
+OUTPUT = 24  # tokens
 _ids = random.Random(45)
 Json = Any
 
 
-async def ttft(
+async def stream(
     session: aiohttp.ClientSession, url: str, tokens: int, request_id: str, prompt: list[int] | None = None
-) -> float:
-    """Seconds from sending a prompt, a fresh one unless it is given, until the first event of its stream."""
+) -> list[float]:
+    """Seconds from sending a prompt, a fresh one unless it is given, until each token of its answer."""
     prompt = prompt or [_ids.randrange(100, 49_000) for _ in range(tokens)]
     body = {"prompt": prompt, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True}
-    start = time.perf_counter()
+    start, times = time.perf_counter(), []
     async with session.post(f"{url}/v1/completions", json=body, headers={"x-request-id": request_id}) as reply:
         reply.raise_for_status()
-        await reply.content.readline()
-        first = time.perf_counter() - start
-        await reply.read()
-    return first
+        async for line in reply.content:
+            if line.startswith(b"data: {"):
+                times.append(time.perf_counter() - start)
+    return times
 
 
-async def exposed(session: aiohttp.ClientSession, url: str, request_id: str) -> tuple[float, float]:
+async def exposed(session: aiohttp.ClientSession, url: str, request_id: str, link: str) -> tuple[float, float]:
     """From a request's timeline: seconds that KV was waited for after prefill, and seconds of prefill."""
     async with session.get(f"{url}/debug/requests/{request_id}") as reply:
         events: list[Json] = (await reply.json())["events"]
     times = {(event["worker"], event["event"]): event["time"] for event in events}
     detail = next(event["detail"] for event in events if event["event"] == "kv_complete")
+    assert detail["link"] == link, detail
     return detail["exposed_ms"] / 1e3, times["prefill-0", "prefill_ended"] - times["prefill-0", "prefill_started"]
 
 
-async def measure(router: str, repeats: int) -> list[Row]:
-    """Both ways in turn, for each length."""
+async def measure(router: str, link: str, repeats: int) -> list[Row]:
+    """Each length, over one link."""
     rows = []
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{router}/workers") as reply:
             colocated = next(worker["url"] for worker in await reply.json() if worker["id"] == "prefill-0")
-        for tokens in LENGTHS:
-            through, direct, waits, prefills = [], [], [], []
-            for turn in range(repeats + 1):
+        compared = COMPARED if link == "shm" else ()
+        await stream(session, router, 600, "warm-up")
+        for tokens in sorted({*LENGTHS, *compared}):
+            through, direct, waits, prefills, gaps, steps = [], [], [], [], [], []
+            for turn in range(repeats):
                 name = f"bench-{tokens}-{turn}"
-                one = await ttft(session, router, tokens, name)
-                other = await ttft(session, colocated, tokens, f"{name}-direct")
-                if turn:  # the first one warms up
-                    wait, prefill = await exposed(session, router, name)
-                    through.append(1e3 * one)
-                    direct.append(1e3 * other)
-                    waits.append(1e3 * wait)
-                    prefills.append(1e3 * prefill)
-            goal = "≤ 1.05" if tokens >= 1000 else ""
-            rows.append(row(f"TTFT, {tokens} tokens", "ms", through, direct, "colocated, same threads", goal))
-            goal = "≤ 0.05" if tokens >= 1000 else ""
-            rows.append(row(f"exposed hand-over, {tokens} tokens", "ms", waits, prefills, "its prefill", goal))
+                times = await stream(session, router, tokens, name)
+                wait, prefill = await exposed(session, router, name, link)
+                through.append(1e3 * times[0])
+                waits.append(1e3 * wait)
+                prefills.append(1e3 * prefill)
+                gaps.append(1e3 * (times[1] - times[0]))
+                steps.append(1e3 * (times[-1] - times[1]) / (len(times) - 2))
+                if tokens in compared:
+                    direct.append(1e3 * (await stream(session, colocated, tokens, f"{name}-direct"))[0])
+            what = f"{link}, {tokens} tokens"
+            if tokens in compared:
+                goal = "≤ 1.05" if tokens >= 1000 else ""
+                rows.append(row(f"TTFT, {what}", "ms", through, direct, "colocated, same threads", goal))
+            if tokens in LENGTHS:
+                rows.append(row(f"exposed hand-over, {what}", "ms", waits, prefills, "its prefill", "≤ 0.05"))
+                rows.append(row(f"second token, {what}", "ms", gaps, steps, "TPOT of the others", "≤ 1.5"))
     return rows
 
 
 def main() -> None:
-    """Start the system and measure it."""
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with running(["twostroke", "up", "--port", str(port), "--threads", "1"], f"{url}/ready"):
-        rows = asyncio.run(measure(url, repeats))
-    report("handover", rows, link="shm", threads_per_worker=1, output_tokens=OUTPUT, repeats=repeats)
+    """Start the system over each link and measure it."""
+    links = sys.argv[1].split(",") if len(sys.argv) > 1 else ["shm", "tcp", "nixl"]
+    repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    rows = []
+    for link in links:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        with running(["twostroke", "up", "--port", str(port), "--threads", "1", "--link", link], f"{url}/ready"):
+            rows += asyncio.run(measure(url, link, repeats))
+    report("handover", rows, links=links, threads_per_worker=1, output_tokens=OUTPUT, repeats=repeats)
 
 
 if __name__ == "__main__":

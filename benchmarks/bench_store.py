@@ -22,7 +22,7 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
-from benchmarks.bench_handover import ttft
+from benchmarks.bench_handover import stream
 from benchmarks.common import Row, report, row, seconds
 from benchmarks.servers import free_port, running
 from twostroke.kv.memory import PoolMemory
@@ -255,10 +255,10 @@ async def serve(path: Path, tiers: Sequence[str], repeats: int) -> list[Row]:
             async with aiohttp.ClientSession() as session:
                 for turn in range(repeats):
                     prompt = [random.Random(turn).randrange(100, 49_000) for _ in range(PROMPT)]
-                    fresh.append(1e3 * await ttft(session, url, PROMPT, f"fresh-{turn}", prompt))
+                    fresh.append(1e3 * (await stream(session, url, PROMPT, f"fresh-{turn}", prompt))[0])
                     await asyncio.sleep(1.0)  # it is written
-                    await ttft(session, url, PROMPT - 800, f"other-{turn}")  # and leaves the pool
-                    loaded.append(1e3 * await ttft(session, url, PROMPT, f"loaded-{turn}", prompt))
+                    await stream(session, url, PROMPT - 800, f"other-{turn}")  # and leaves the pool
+                    loaded.append(1e3 * (await stream(session, url, PROMPT, f"loaded-{turn}", prompt))[0])
         rows.append(row(f"TTFT, {PROMPT:,} tokens in {name}", "ms", loaded, fresh, "computed", goal))
     return rows
 

@@ -1,7 +1,7 @@
-"""Another process that owns a pool: the real peer of tests over shared memory and CUDA IPC.
+"""Another process that owns a pool: the real peer of tests over shared memory, CUDA IPC and NIXL.
 
-``python -m tests.peer_process SLOTS BYTES INSTANCE [GPU]`` fills a pool, in a memory file or on a GPU, prints its
-address and lives until its stdin closes.
+``python -m tests.peer_process SLOTS BYTES INSTANCE [GPU|nixl]`` fills a pool, in a memory file or on a GPU, prints its
+address and lives until its stdin closes. With ``nixl`` the memory file is registered, and the address is NIXL's.
 """
 
 import subprocess
@@ -16,6 +16,7 @@ from twostroke.kv.memory import Bytes, PoolMemory, SlotMemory
 from twostroke.links.link import Claim
 from twostroke.messages import PoolAddress, encode
 
+SECRET = "a secret"
 CLAIM = Claim("a hand-over", 0)
 
 
@@ -26,12 +27,17 @@ def content(num_slots: int, block_bytes: int) -> Bytes:
 
 @contextmanager
 def peer_process(
-    num_slots: int, block_bytes: int, instance: str = "peer", gpu: int | None = None
+    num_slots: int, block_bytes: int, instance: str = "peer", gpu: int | None = None, *, nixl: bool = False
 ) -> Iterator[tuple["subprocess.Popen[bytes]", PoolAddress]]:
-    """A process that owns a pool, on a GPU if its number is given; killed at the latest when the context ends."""
+    """A process that owns a pool, on a GPU if its number is given; killed at the latest when the context ends.
+
+    ``nixl``: in host memory and registered under ``SECRET``.
+    """
     command = [sys.executable, "-m", "tests.peer_process", str(num_slots), str(block_bytes), instance]
     if gpu is not None:
         command.append(str(gpu))
+    if nixl:
+        command.append("nixl")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -58,8 +64,18 @@ def filled(num_slots: int, block_bytes: int, instance: str, gpu: int | None) -> 
 
 def main() -> None:
     num_slots, block_bytes, instance = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    memory = filled(num_slots, block_bytes, instance, int(sys.argv[4]) if len(sys.argv) > 4 else None)
-    print(encode(memory.address).decode(), flush=True)
+    where = sys.argv[4] if len(sys.argv) > 4 else None
+    memory = filled(num_slots, block_bytes, instance, int(where) if where not in (None, "nixl") else None)
+    address = memory.address
+    if where == "nixl":
+        import torch
+
+        from twostroke.links.nixl import NixlServer
+
+        assert isinstance(memory, PoolMemory)
+        server = NixlServer(torch.from_numpy(memory.slots), memory.address, SECRET)
+        address = server.address
+    print(encode(address).decode(), flush=True)
     sys.stdin.read()
 
 

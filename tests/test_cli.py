@@ -163,7 +163,8 @@ def test_up_counts(monkeypatch: pytest.MonkeyPatch, arguments: list[str], counts
 def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "up m --host ::1 --port 9 --schedule serial --policy round-robin --insecure --dtype float32"
     flags += " --max-model-len 99 --kv-memory 2MiB --block-size 8 --chunk-size 64 --threads 3 --max-batch 5"
-    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu --on-loss error --link tcp"
+    flags += " --load-format dummy --gpu-memory-utilization 0.5 --devices cuda:1,cpu --on-loss error --link nixl"
+    flags += " --link-device mlx5_2,mlx5_3"
     engine = EngineConfig(
         dtype="float32",
         load_format="dummy",
@@ -176,7 +177,20 @@ def test_up_hands_on_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         threads=3,
     )
     assert taken(monkeypatch, "twostroke.up", flags.split()) == UpConfig(
-        "m", 1, 1, 0, "::1", 9, "serial", "round-robin", True, engine, ("cuda:1", "cpu"), "error", "tcp"
+        "m",
+        1,
+        1,
+        0,
+        "::1",
+        9,
+        "serial",
+        "round-robin",
+        True,
+        engine,
+        ("cuda:1", "cpu"),
+        "error",
+        "nixl",
+        ("mlx5_2", "mlx5_3"),
     )
 
 
@@ -188,6 +202,8 @@ def test_serve_hands_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_serve_hands_on_its_link(monkeypatch: pytest.MonkeyPatch) -> None:
     config = taken(monkeypatch, "twostroke.worker.worker", ["serve", "--link", "tcp"])
     assert config == WorkerConfig(link="tcp")
+    config = taken(monkeypatch, "twostroke.worker.worker", ["serve", "--link-device", "mlx5_2"])
+    assert config == WorkerConfig(link_devices=("mlx5_2",))
 
 
 def test_no_flags_mean_the_configs_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

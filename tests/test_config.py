@@ -1,5 +1,6 @@
 """What the configuration accepts and refuses."""
 
+import os
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -219,3 +220,22 @@ def test_blocks_can_only_travel_through_a_store_that_is_shared() -> None:
     for store in ("", "host:1GiB,disk:/mnt:1GiB"):
         with pytest.raises(StartupError, match="--link store needs"):
             config.check_link("store", config.parse_store(store))
+
+
+def test_link_devices() -> None:
+    assert config.check_link_devices(None, "tcp") == ()
+    assert config.check_link_devices("mlx5_2, mlx5_3", "auto") == ("mlx5_2", "mlx5_3")
+    for listed in ("", "mlx5_2,", "a b", "mlx5_2:1", "x" * 33):
+        with pytest.raises(StartupError, match="is not a network device"):
+            config.check_link_devices(listed, "nixl")
+    with pytest.raises(StartupError, match="--link tcp excludes"):
+        config.check_link_devices("mlx5_2", "tcp")
+
+
+@pytest.mark.parametrize("before", [None, "debug"])
+def test_ucx_prints_errors_only_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    monkeypatch.delenv("UCX_LOG_LEVEL", raising=False)
+    if before:
+        monkeypatch.setenv("UCX_LOG_LEVEL", before)
+    config.quieten_ucx()
+    assert os.environ.pop("UCX_LOG_LEVEL") == (before or "error")

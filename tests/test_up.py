@@ -102,11 +102,10 @@ EVERYTHING = EngineConfig(
 
 
 STORE = parse_store("host:1GiB,disk:/a/b:2GiB,dir:/c")
+SOME = UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING, link="nixl", link_devices=("a", "b"), store=STORE)
 
 
-@pytest.mark.parametrize(
-    "config", [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING, link="tcp", store=STORE)]
-)
+@pytest.mark.parametrize("config", [UpConfig(), SOME])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int) -> None:
     plans = up.plan_workers(config, 4, gpus, range(8100, 8110))
@@ -118,6 +117,7 @@ def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int
         _, bound, _ = app.parse_args(up.serve_arguments(plan, config), exit_on_error=False)
         assert bound.arguments["link"] == config.link
         assert parse_store(bound.arguments["options"].store) == config.store
+        assert bound.arguments.get("link_device") == (",".join(config.link_devices) or None)
         assert bound.arguments["options"].config() == msgspec.structs.replace(
             config.engine, device=plan.device, gpu_memory_utilization=plan.utilization, threads=plan.threads
         )

@@ -47,11 +47,11 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     "Share of a GPU's memory that workers may take."
     kv_memory: str | None = None
-    "Size of each worker's KV cache. [default: 1GiB; on a GPU what the utilization leaves]"
+    "Size of a worker's KV cache. [default: 1GiB; on a GPU the rest]"
     block_size: int = 16
     "Tokens in one KV block."
     chunk_size: int | None = None
-    "Most tokens in one engine step: decodes first, the rest for prefill. [default: 512; on a GPU 8192]"
+    "Most tokens in one engine step. [default: 512; on a GPU 8192]"
     max_batch: int = 256
     "Most sequences in one engine step."
     threads: int | None = None
@@ -105,6 +105,7 @@ def up(
     policy: config.Policy = "least-loaded",
     on_loss: config.OnLoss = "continue",
     link: config.LinkChoice = "auto",
+    link_device: str | None = None,
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
 ) -> int:
@@ -134,6 +135,8 @@ def up(
         When a worker dies in mid-answer.
     link
         How KV blocks travel.
+    link_device
+        Network devices for NIXL: mlx5_2,mlx5_3. [default: all]
     insecure
         Listen beyond this machine without a secret.
     """
@@ -145,9 +148,20 @@ def up(
     if places and engine.device != "auto":
         raise StartupError("--devices is for each worker, --device for all: give one of them")
     settings = UpConfig(
-        model, *counts, host, _port(port), schedule, policy, insecure, engine, places, on_loss=on_loss, link=link,
+        model,
+        *counts,
+        host,
+        _port(port),
+        schedule,
+        policy,
+        insecure,
+        engine,
+        places,
+        on_loss=on_loss,
+        link=link,
+        link_devices=config.check_link_devices(link_device, link),
         store=config.parse_store(options.store),
-    )  # fmt: skip
+    )
     config.check_link(settings.link, settings.store)
     return run(settings)
 
@@ -165,6 +179,7 @@ def serve(
     bootstrap_hosts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     max_queue: int = 1024,
     link: config.LinkChoice = "auto",
+    link_device: str | None = None,
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -191,6 +206,8 @@ def serve(
         Waiting requests beyond which new ones are refused (429).
     link
         How KV blocks travel.
+    link_device
+        Network devices for NIXL: mlx5_2,mlx5_3. [default: all]
     insecure
         Listen beyond this machine without a secret.
     """
@@ -208,6 +225,7 @@ def serve(
         max_queue=max_queue,
         link=link,
         store=config.parse_store(options.store),
+        link_devices=config.check_link_devices(link_device, link),
     )
     config.check_link(settings.link, settings.store)
     from twostroke.worker.worker import run

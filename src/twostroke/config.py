@@ -18,7 +18,7 @@ from twostroke.messages import Role
 Schedule = Literal["concurrent", "serial"]
 Policy = Literal["least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
-LinkChoice = Literal["auto", "shm", "cuda-ipc", "tcp", "store"]
+LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp", "store"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
@@ -28,6 +28,7 @@ _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _URL = re.compile(r"https?://[^/\s?#]+/?")
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*|\[[0-9a-f:.]+\]:[0-9]{1,5}")
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
+_LINK_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -91,6 +92,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bootstrap_hosts: tuple[str, ...] = ()  # prefill workers that any request may name, as "host" or "host:port"
     engine: EngineConfig = EngineConfig()
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
+    link_devices: tuple[str, ...] = ()  # network devices that NIXL may use, such as "mlx5_2"; none is all
     store: tuple[TierConfig, ...] = ()  # the tiers below the pool, the fastest first
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
@@ -132,6 +134,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``
     on_loss: OnLoss = "continue"
     link: LinkChoice = "auto"  # of each worker
+    link_devices: tuple[str, ...] = ()  # of each worker
     store: tuple[TierConfig, ...] = ()  # of each worker, too
 
 
@@ -228,6 +231,23 @@ def check_device(text: str, *, auto: bool = True) -> str:
     return text
 
 
+def check_link_devices(listed: str | None, link: LinkChoice) -> tuple[str, ...]:
+    """Names of network devices, "mlx5_2,mlx5_3". Whether they are there shows when NIXL is asked for them.
+
+    Raises:
+        StartupError: no device is called that, or the link that was asked for has none.
+    """
+    if listed is None:
+        return ()
+    if link not in ("auto", "nixl"):
+        raise StartupError(f"--link-device chooses network devices for NIXL, and --link {link} excludes that")
+    names = tuple(name.strip() for name in listed.split(","))
+    for name in names:
+        if not _LINK_DEVICE.fullmatch(name):
+            raise StartupError(f"{name!r} is not a network device; write for example mlx5_2 or mlx5_2,mlx5_3")
+    return names
+
+
 def gpus() -> int:
     """How many GPUs torch would see, found without the seconds that importing it takes: with a CUDA build of torch,
     the driver's device nodes, less what ``CUDA_VISIBLE_DEVICES`` hides.
@@ -244,6 +264,13 @@ def gpus() -> int:
         map(str.strip, visible.split(",")),
     )
     return min(nodes, len(list(names)))
+
+
+def quieten_ucx() -> None:
+    """Have UCX, which NIXL loads, print errors only: it would also print a line for each read that is given up. What
+    the user has set stays.
+    """
+    os.environ.setdefault("UCX_LOG_LEVEL", "error")
 
 
 def cluster_secret() -> str:

@@ -153,6 +153,18 @@ class TcpEndpoint(Struct, frozen=True, tag="tcp", forbid_unknown_fields=True):
     port: Port
 
 
+class NixlMemory(Struct, frozen=True, tag="nixl", forbid_unknown_fields=True):
+    """A pool that is registered with a NIXL agent of its owner: read without the owner doing anything."""
+
+    kind: ClassVar[str] = "registered with NIXL"
+    link: ClassVar[str] = "nixl"
+    segment: Literal["DRAM", "VRAM"]
+    device: Count  # the owner's index of its GPU; 0 in host memory
+    base: Annotated[int, Meta(ge=0, lt=2**57)]  # of the first slot, in the owner's address space
+    agent: Annotated[bytes, Meta(min_length=1, max_length=64 << 10)]  # what NIXL has to know of the owner's agent
+    proof: Annotated[bytes, Meta(min_length=32, max_length=32)]  # HMAC of the whole address under the cluster secret
+
+
 class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
     """One way in which a worker's pool can be read."""
 
@@ -161,7 +173,7 @@ class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
     instance: Name  # of the worker: a pid can be reused
     num_slots: Count
     block_bytes: Count
-    memory: MemoryFile | CudaMemory | TcpEndpoint
+    memory: MemoryFile | CudaMemory | NixlMemory | TcpEndpoint
 
 
 class Opened(Struct, frozen=True, tag="opened", forbid_unknown_fields=True):

@@ -89,6 +89,7 @@ def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
         "--kv-memory": engine.kv_memory,
         "--chunk-size": engine.token_budget,
         "--store": ",".join(map(str, config.store)) or None,
+        "--link-device": ",".join(config.link_devices) or None,
     }
     return [
         *("serve", *([config.model] if config.model else [])),

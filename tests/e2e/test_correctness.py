@@ -8,6 +8,7 @@ import pytest
 
 from tests.e2e.conftest import DEVICE, FLOAT32, ROLES, Reference
 from tests.e2e.system import System, client, generate, launch, post
+from twostroke.links import nixl
 
 TOKENS = 12
 ODD_BLOCK = "7" if DEVICE == "cpu" else "48"
@@ -83,20 +84,24 @@ async def test_other_settings(
         assert await handed_over(system) > 0
 
 
-async def test_over_tcp(tmp_path: Path, reference: Reference) -> None:
+NIXL = pytest.param("nixl", marks=pytest.mark.skipif(not nixl.installed(), reason="NIXL is not installed"))
+
+
+@pytest.mark.parametrize("link", ["tcp", NIXL])
+async def test_over_one_link(tmp_path: Path, reference: Reference, link: str) -> None:
     """Forced; the other links are neither offered nor used."""
-    prompts = reference.prompts()[13:20:2]
-    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--chunk-size", "192", "--link", "tcp"]) as system:
+    prompts = reference.prompts()[13:20:3]
+    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--chunk-size", "192", "--link", link]) as system:
         await check(system, system.url, reference, prompts)
         assert await handed_over(system) >= sum(map(len, prompts)) // 16 * 0.9
         async with client() as session:
-            assert {(await system.info(session, name))["link"] for name in ROLES} == {"tcp"}
+            assert {(await system.info(session, name))["link"] for name in ROLES} == {link}
             body = {"prompt": list(reference.prompts()[-1][:100]), "max_tokens": 2}
-            await post(session, f"{system.url}/v1/completions", body, x_request_id="tcp-1")
-            async with session.get(f"{system.url}/debug/requests/tcp-1") as reply:
+            await post(session, f"{system.url}/v1/completions", body, x_request_id="one")
+            async with session.get(f"{system.url}/debug/requests/one") as reply:
                 events = {event["event"]: event["detail"] for event in (await reply.json())["events"]}
-            assert events["attached"] == {"link": "tcp"}
-            assert "kv_complete" in events
+            assert events["attached"] == {"link": link}
+            assert events["kv_complete"]["link"] == link
 
 
 async def test_preemption(tmp_path: Path, reference: Reference) -> None:

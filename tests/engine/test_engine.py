@@ -3,11 +3,12 @@
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import pytest
@@ -15,10 +16,12 @@ import pytest
 from tests.engine.ahead import AheadRunner
 from tests.engine.rig import Rig, ids, preemptions, request, running, until
 from tests.tiny import ARCHITECTURES, VOCAB, generate
-from twostroke.engine.engine import Admitted, Progress, Update
+from twostroke.engine.engine import Admitted, Engine, Progress, Update, _Step
+from twostroke.engine.model import Model
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, Unavailable
+from twostroke.kv.pool import Pool
 from twostroke.messages import Output, Token
 
 Tiny = Callable[[str], Path]
@@ -456,6 +459,24 @@ async def test_out_of_memory_ends_the_largest_chunks_request_alone(llama: Path, 
         rig.model.launch = launch  # type: ignore[method-assign]
         assert await rig.tokens(request(large, COUNT)) == generate(llama, large, COUNT)
         assert not rig.died.is_set()
+
+
+async def test_the_speed_of_prefill_is_known_from_steps_that_are_long_enough(llama: Path) -> None:
+    async with running(llama) as rig:
+        await rig.tokens(request([1, 2, 3], 40))
+        assert rig.engine.speed == 0
+        await rig.tokens(request(list(range(64)), 2))
+        assert rig.engine.speed > 0
+
+
+def test_steps_that_overlap_are_not_counted_twice(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is launched while the first computes, and takes as long."""
+    rig = Engine(Model(llama, dtype="float32", block_tokens=16, threads=1), Pool(4), max_batch=4, token_budget=64)
+    launched, clock = cast(Launched, None), iter([12.0, 14.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    rig._measure(_Step(launched, 100, begun=10.0))
+    rig._measure(_Step(launched, 100, begun=11.0))
+    assert rig.speed == pytest.approx(50 * rig.model.layout.token_bytes)
 
 
 @DEPTHS

@@ -1,4 +1,4 @@
-"""What every link promises, over each of them; shared memory with a real other process for a peer."""
+"""What every link promises, over each of them; shared memory and NIXL with a real other process for a peer."""
 
 import asyncio
 import gc
@@ -11,15 +11,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.peer_process import CLAIM, content, peer_process
+from tests.peer_process import CLAIM, SECRET, content, peer_process
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes, PoolMemory
-from twostroke.links import copying
+from twostroke.links import copying, nixl
 from twostroke.links.copying import runs
 from twostroke.links.link import Link, MemoryLink
+from twostroke.links.nixl import NixlLink
 from twostroke.links.shm import SharedMemoryLink
 from twostroke.messages import CudaMemory, PoolAddress
 
@@ -42,13 +44,26 @@ def peer() -> Iterator[PoolAddress]:
         yield address
 
 
-@pytest.fixture(params=["memory", "shm"])
-def setup(request: pytest.FixtureRequest, peer: PoolAddress) -> Iterator[Setup]:
+@pytest.fixture(scope="module")
+def registered() -> Iterator[PoolAddress]:
+    with peer_process(PEER_SLOTS, BYTES, nixl=True) as (_, address):
+        yield address
+
+
+NIXL = pytest.param("nixl", marks=pytest.mark.skipif(not nixl.installed(), reason="NIXL is not installed"))
+
+
+@pytest.fixture(params=["memory", "shm", NIXL])
+def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     own = np.zeros((SLOTS, BYTES), np.uint8)
-    link: Link = SharedMemoryLink(own)
-    if request.param == "memory":
-        link = MemoryLink(own, {"peer": content(PEER_SLOTS, BYTES)})
-    yield Setup(link, own, peer)
+    address = request.getfixturevalue("registered" if request.param == "nixl" else "peer")
+    links: dict[str, Callable[[], Link]] = {
+        "memory": lambda: MemoryLink(own, {"peer": content(PEER_SLOTS, BYTES)}),
+        "shm": lambda: SharedMemoryLink(own),
+        "nixl": lambda: NixlLink(torch.from_numpy(own), SECRET, slowest=lambda: 0.0),
+    }
+    link = links[request.param]()
+    yield Setup(link, own, address)
     link.close()
 
 
@@ -110,7 +125,7 @@ async def test_reading_nothing(setup: Setup) -> None:
 
 
 def test_names() -> None:
-    assert {MemoryLink.name, SharedMemoryLink.name} == {"memory", "shm"}
+    assert {MemoryLink.name, SharedMemoryLink.name, NixlLink.name} == {"memory", "shm", "nixl"}
 
 
 @given(pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))

@@ -19,7 +19,7 @@ from tests.peer_process import CLAIM, content
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes, PoolMemory, host_id
 from twostroke.kv.pool import Lease, Pool
-from twostroke.links import frames, tcp
+from twostroke.links import frames, link, tcp
 from twostroke.links.frames import (
     HEADER,
     MAX_MESSAGE,
@@ -35,7 +35,7 @@ from twostroke.links.frames import (
     parse_message,
     prove,
 )
-from twostroke.links.link import Claim, Link, choose
+from twostroke.links.link import Claim, Failures, Link, Way, choose
 from twostroke.links.shm import SharedMemoryLink
 from twostroke.links.staging import HostStaging
 from twostroke.links.tcp import TcpLink, TcpServer
@@ -59,8 +59,9 @@ class Pair:
         self.lease.grow(slots)
         self.server.start(lambda handover, attempt: self.lease if (handover, attempt) == CLAIM else None)
         self.own: Bytes = np.zeros((slots, block_bytes), np.uint8)
+        self.slowest = float(32 << 20)  # bytes a second
         own = PoolAddress(host_id(), os.getpid(), "consumer", slots, block_bytes, TcpEndpoint("127.0.0.1", 1))
-        self.link = TcpLink(own, self.staging(self.own), secret)
+        self.link = TcpLink(own, self.staging(self.own), secret, slowest=lambda: self.slowest)
         self.address = self.server.address
         self.all = list(range(slots))
 
@@ -493,6 +494,15 @@ async def test_a_slow_link_is_seen_within_three_seconds(rate: float) -> None:
         assert 1 < time.monotonic() - start < 3
 
 
+async def test_a_slow_network_is_worth_it_where_computing_is_slower(hasty: None) -> None:
+    """Each block takes longer than a link may be silent."""
+    with pair(60_000, slots=2) as both, proxy(both.target, down=Faults(rate=100_000)) as network:
+        both.through(network)
+        both.slowest = 80_000.0
+        await both.read(both.all, both.all)
+        assert (both.own == both.theirs).all()
+
+
 async def test_a_link_that_is_slow_in_many_small_reads() -> None:
     """None of them takes long by itself."""
     with pair(368_640, slots=64) as both, proxy(both.target, down=Faults(rate=5e6)) as network:
@@ -508,9 +518,11 @@ async def test_a_link_that_is_slow_in_many_small_reads() -> None:
         assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("after", [0, 150, 500_000])
-async def test_a_link_that_goes_silent(after: int) -> None:
+@pytest.mark.parametrize(("after", "slowest"), [(0, 32e6), (150, 32e6), (500_000, 32e6), (500_000, 1e3)])
+async def test_a_link_that_goes_silent(after: int, slowest: float) -> None:
+    """However slow computing is, and so the link may be: nothing at all is too little."""
     with pair(368_640) as both, proxy(both.target, down=Faults(stall=after)) as network:
+        both.slowest = slowest
         both.through(network)
         start = time.monotonic()
         with pytest.raises(HandoverFailed, match="the TCP link to the peer broke"):
@@ -604,17 +616,37 @@ async def test_the_best_link_that_both_have() -> None:
         mapped, served = both.memory.address, both.address
         shm = SharedMemoryLink(both.own)
         links: list[Link] = [shm, both.link]
-        assert choose(links, [served, mapped]) == (shm, mapped)
-        assert choose(links, [served]) == (both.link, served)
-        assert choose([both.link], [mapped, served]) == (both.link, served)
+        fresh = Failures()
+        assert choose(links, [served, mapped], fresh) == [Way(shm, mapped), Way(both.link, served)]
+        assert choose(links, [served], fresh) == [Way(both.link, served)]
+        assert choose([both.link], [mapped, served], fresh) == [Way(both.link, served)]
         away = msgspec.structs.replace(mapped, host="elsewhere")
-        assert choose(links, [away, served]) == (both.link, served)
+        assert choose(links, [away, served], fresh) == [Way(both.link, served)]
         gpu = msgspec.structs.replace(mapped, memory=CudaMemory(device="g", handle="00", offset=0))
-        assert choose(links, [gpu, served]) == (both.link, served)
+        assert choose(links, [gpu, served], fresh) == [Way(both.link, served)]
         with pytest.raises(
             HandoverFailed, match=r"no link in common.*this machine, offers cuda-ipc; .* reads over shm, tcp"
         ):
-            choose(links, [gpu])
+            choose(links, [gpu], fresh)
         with pytest.raises(HandoverFailed, match=r"another machine, offers shm; .* reads over shm$"):
-            choose([shm], [away])
+            choose([shm], [away], fresh)
+        shm.close()
+
+
+async def test_a_way_that_failed_lately_is_the_last_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pair() as both:
+        mapped, served = both.memory.address, both.address
+        shm = SharedMemoryLink(both.own)
+        failures = Failures()
+        ways = choose([shm, both.link], [mapped, served], failures)
+        failures.add(ways[0])
+        assert choose([shm, both.link], [mapped, served], failures) == ways[::-1]
+        other = [msgspec.structs.replace(pool, instance="other") for pool in (mapped, served)]
+        assert [way.link for way in choose([shm, both.link], other, failures)] == [shm, both.link]
+        failures.add(ways[1])
+        assert choose([shm, both.link], [mapped, served], failures) == ways
+        monkeypatch.setattr(link, "FAILED_SECONDS", 0.0)
+        failures.add(ways[0])
+        failures.add(ways[1])
+        assert not failures.recent(ways[0])
         shm.close()

@@ -12,7 +12,6 @@ import torch
 from tests.engine.rig import Rig, ids, preemptions, request, running, until
 from tests.tiny import generate
 from twostroke.api.lifecycle import Lifecycle
-from twostroke.engine.pace import Pace
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.links.staging import staging
@@ -59,13 +58,6 @@ class Bench:
         return {report.name: report.hits for report in self.offload.store.reports()}
 
 
-class Unmeasured(Pace):
-    """Nobody knows how fast prefill is, unless a test says so: everything is loaded."""
-
-    def committed(self, tokens: int) -> None:
-        pass
-
-
 @asynccontextmanager
 async def bench(
     directory: Path, tiers: Callable[[int, str], Sequence[Tier]], slots: int = SLOTS
@@ -73,7 +65,8 @@ async def bench(
     """``tiers`` is given the bytes of a block and the layout's fingerprint. At the end nobody holds a slot."""
     async with running(directory, block_tokens=BLOCK, slots=slots) as rig:
         layout, lifecycle = rig.model.layout, Lifecycle("w")
-        rig.engine.pace = Unmeasured()  # or this tiny model would be computed quicker than loaded, at times
+        # Nobody knows how fast prefill is unless a test says so; or this model would be computed, not loaded, at times.
+        rig.engine._measure = lambda step: None  # type: ignore[method-assign]
         store = Store(tiers(layout.block_bytes, layout.fingerprint), layout.block_bytes, most=4)
         offload = Offload(rig.engine, store, staging(torch.from_numpy(rig.memory.slots)), lifecycle)
         await offload.open()
@@ -232,9 +225,9 @@ async def test_a_tier_that_hangs_is_left_behind(model: Path) -> None:
     async with bench(model, only(tier)) as one:
         await fill(one)
         tier.go.clear()
-        one.rig.engine.pace.rate = 4000.0
+        one.rig.engine._speed = 4000.0
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
-        one.rig.engine.pace.rate = None
+        one.rig.engine._speed = 0.0
         (report,) = one.offload.store.reports()
         assert (report.in_service, report.faults) == (False, 1)
         assert "no answer" in report.reason
@@ -312,7 +305,7 @@ async def test_loading_that_takes_longer_than_computing_is_not_done(model: Path)
     async with bench(model, only(MemoryTier())) as one:
         await fill(one)
         one.offload.store.stages[0].reads.rate = 1.0  # blocks a second
-        one.rig.engine.pace.rate = 4000.0  # tokens a second
+        one.rig.engine._speed = 4000.0  # tokens a second
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
         (stamp,) = stamps(one)
         assert stamp["loaded_blocks"] == 0

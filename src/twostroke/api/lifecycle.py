@@ -12,7 +12,8 @@ attached           ``link``: the producer has opened its pool to us
 store              ``found_blocks``, of these ``pool_blocks`` were in the pool and ``loaded_blocks`` loaded from
                    ``tiers``; ``bytes``, ``load_ms``; ``why`` so many
 first_token        sampled here, or received from the producer
-kv_complete        ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
+kv_complete        ``link``, ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
+link_failed        ``link``, ``reason``, ``following``: the link that is used from now on
 fallback           ``reason``: the hand-over failed; the rest is computed here
 finished           ``reason``, ``output_tokens``
 aborted, failed    ``reason``

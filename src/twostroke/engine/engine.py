@@ -13,13 +13,14 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from twostroke.engine.model import Model
-from twostroke.engine.pace import Pace
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk, Scheduler, Sequence, State
 from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, RequestError, Unavailable
 from twostroke.kv.keys import BlockKey, root_key
 from twostroke.kv.pool import Lease, Pool, Slot
 from twostroke.messages import FinishReason, Output, Request, Slots, Token
+
+MEASURED_TOKENS = 32  # in a step at least, for its time to say how fast prompts are computed
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,14 @@ class Load(NamedTuple):
     slots: Slots
 
 
+class _Step(NamedTuple):
+    """A step under way."""
+
+    launched: Launched
+    tokens: int  # of prefill
+    begun: float  # monotonic
+
+
 class Engine:
     """Runs sequences on a model. All methods but ``__init__`` and ``start`` may be called from any thread."""
 
@@ -106,11 +115,12 @@ class Engine:
         self._lock = threading.Condition()
         self._jobs: dict[Sequence, Job] = {}
         self._stopping = False
+        self._ended = 0.0  # when the last step did, monotonic; the engine thread's
+        self._speed = 0.0  # tokens a second of prefill; 0 is unknown
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._died: Callable[[], None] = lambda: None
         self._published: Callable[[list[BlockKey]], None] | None = None
-        self.pace = Pace()  # of prefill
 
     def watch(self, published: Callable[[list[BlockKey]], None]) -> None:
         """From now on, ``published`` is told on the loop which blocks have become findable."""
@@ -215,17 +225,22 @@ class Engine:
                 slots=self._pool.counts(),
             )
 
+    @property
+    def speed(self) -> float:
+        """KV bytes that this engine computes a second when it does nothing but prefill; 0 while that is unknown."""
+        return self._speed * self.model.layout.token_bytes
+
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        flying: deque[Launched] = deque()
+        flying: deque[_Step] = deque()
         try:
             self.model.enter_thread()
             while (chunks := self._plan(wait=not flying)) is not None:
                 if chunks:
                     self._launch(chunks, flying)
                 if flying and (not chunks or len(flying) == self.model.depth):
-                    self._commit(flying.popleft().tokens())
+                    self._commit(flying.popleft())
         except DeviceLost:
             log.exception("the device is lost")
             self._end(Unavailable("the device of this worker is lost"))
@@ -247,11 +262,12 @@ class Engine:
                 self._lock.wait()
             return None
 
-    def _launch(self, chunks: list[Chunk], flying: deque[Launched]) -> None:
-        begun = time.perf_counter()
+    def _launch(self, chunks: list[Chunk], flying: deque["_Step"]) -> None:
+        begun = time.monotonic()
         try:
-            flying.append(self.model.launch(chunks))
-            self.pace.launched(begun)
+            flying.append(
+                _Step(self.model.launch(chunks), sum(chunk.size for chunk in chunks if chunk.size > 1), begun)
+            )
         except OutOfMemory as error:
             largest = max(chunks, key=lambda chunk: chunk.size).sequence
             log.warning("out of memory in a step of %d tokens; its largest request fails", sum(c.size for c in chunks))
@@ -262,10 +278,11 @@ class Engine:
             log.exception("a step of %d sequences failed", len(chunks))
             self._fail(EngineFailed("the model failed on this request's step; the worker's log says how"))
 
-    def _commit(self, tokens: list[Token]) -> None:
+    def _commit(self, step: "_Step") -> None:
+        tokens = step.launched.tokens()
+        self._measure(step)
         with self._lock:
             updates: list[tuple[Job, Update]] = []
-            self.pace.committed(sum(chunk.size for chunk in self.scheduler.flight[0]))
             for sequence, token in self.scheduler.commit(tokens):
                 job = self._jobs[sequence]
                 if token is None:
@@ -275,6 +292,14 @@ class Engine:
                 if sequence.finish:
                     del self._jobs[sequence]
             self._deliver(updates)
+
+    def _measure(self, step: "_Step") -> None:
+        """Steps compute one after the other, so one that was launched early began when the last one ended."""
+        now = time.monotonic()
+        seconds, self._ended = now - max(step.begun, self._ended), now
+        if step.tokens >= MEASURED_TOKENS:
+            speed = step.tokens / max(seconds, 1e-6)
+            self._speed = speed if not self._speed else 0.8 * self._speed + 0.2 * speed
 
     def _fail(self, error: RequestError, blamed: Sequence | None = None) -> None:
         """The newest step in flight is not computed: ``blamed``, or all of it, ends with this error."""

@@ -1,6 +1,7 @@
 """What a link is: it moves whole slots from a live peer's pool into our own, and decides nothing."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
@@ -10,6 +11,7 @@ from twostroke.kv.memory import Bytes, host_id
 from twostroke.kv.pool import Slot
 from twostroke.messages import PoolAddress
 
+FAILED_SECONDS = 60.0  # so long, a way that failed is the last choice
 Result = TypeVar("Result")
 
 
@@ -58,21 +60,45 @@ def check_read(block_bytes: int, peer: PoolAddress, remote: Sequence[Slot]) -> N
             raise HandoverFailed(f"slot {slot} is outside the peer's pool of {peer.num_slots}")
 
 
-def choose(links: Sequence[Link], offers: Sequence[PoolAddress]) -> tuple[Link, PoolAddress]:
-    """The first of our links, best first, that reaches a pool at one of the addresses that its owner offers.
+class Way(NamedTuple):
+    """A link, and the address of a pool that it reaches."""
+
+    link: Link
+    pool: PoolAddress
+
+
+class Failures:
+    """Which ways failed lately. A link that hangs costs seconds: the next hand-overs shall not pay them again."""
+
+    def __init__(self) -> None:
+        self._until: dict[tuple[str, str], float] = {}  # by link and instance, monotonic
+
+    def add(self, way: Way) -> None:
+        """It failed just now."""
+        now = time.monotonic()
+        self._until = {key: until for key, until in self._until.items() if until > now}
+        self._until[way.link.name, way.pool.instance] = now + FAILED_SECONDS
+
+    def recent(self, way: Way) -> bool:
+        """Whether it failed lately."""
+        return self._until.get((way.link.name, way.pool.instance), 0.0) > time.monotonic()
+
+
+def choose(links: Sequence[Link], offers: Sequence[PoolAddress], failures: Failures) -> list[Way]:
+    """Every way to a pool at one of the addresses that its owner offers, best first as our links are; those that failed
+    lately last.
 
     Raises:
         HandoverFailed: there is none.
     """
-    for link in links:
-        for pool in offers:
-            if link.reaches(pool):
-                return link, pool
-    where = "this machine" if any(pool.host == host_id() for pool in offers) else "another machine"
-    raise HandoverFailed(
-        f"no link in common: the producer, on {where}, offers {', '.join(pool.memory.link for pool in offers)}; "
-        f"the consumer reads over {', '.join(link.name for link in links)}"
-    )
+    ways = [Way(link, pool) for link in links for pool in offers if link.reaches(pool)]
+    if not ways:
+        where = "this machine" if any(pool.host == host_id() for pool in offers) else "another machine"
+        raise HandoverFailed(
+            f"no link in common: the producer, on {where}, offers {', '.join(pool.memory.link for pool in offers)}; "
+            f"the consumer reads over {', '.join(link.name for link in links)}"
+        )
+    return sorted(ways, key=failures.recent)
 
 
 async def settled(work: "asyncio.Future[Result]", stop: Callable[[], object] = lambda: None) -> Result:

@@ -42,9 +42,9 @@ from twostroke.links.staging import Staging
 from twostroke.links.wire import Wire
 from twostroke.messages import PoolAddress, TcpEndpoint
 
-SLOWEST = 32 << 20  # bytes a second: over a slower link it is faster to compute
-PATIENCE = 2.0  # seconds: to connect, to wait for an answer, and by which a transfer may fall behind ``SLOWEST``
+PATIENCE = 2.0  # seconds: to connect, to wait for the next bytes, and by which a transfer may fall behind computing
 IDLE_SECONDS = 60.0  # the server closes a connection on which nothing was asked for so long, the client after half
+SEND_SECONDS = 60.0  # in which a client takes a block, however slow the network: whether it is too slow, it decides
 MAX_CONNECTIONS = 256  # of a server
 _READS = 8  # of a link at once
 
@@ -60,8 +60,17 @@ class TcpLink:
 
     name = TcpEndpoint.link
 
-    def __init__(self, own: PoolAddress, staging: Callable[[], Staging], secret: str) -> None:
-        """``own``: our pool, which ``staging`` gives access to."""
+    def __init__(
+        self, own: PoolAddress, staging: Callable[[], Staging], secret: str, *, slowest: Callable[[], float]
+    ) -> None:
+        """A link that knows nobody yet.
+
+        Args:
+            own: our pool, which ``staging`` gives access to.
+            secret: the cluster's, which peers must know.
+            slowest: bytes a second below which reading takes longer than computing.
+        """
+        self._slowest = slowest
         self._own = own
         self._staging = staging
         self._secret = secret
@@ -158,7 +167,7 @@ class TcpLink:
                 raise HandoverFailed("the peer's pool belongs to another instance, or is not what its address says")
             wire.send(message(prove("client", self._secret, hello, challenge)), seconds=PATIENCE)
             check_proof(wire.message(Proof, deadline), prove("server", self._secret, hello, challenge))
-            return _Connection(peer, wire, self._staging())
+            return _Connection(peer, wire, self._staging(), self._slowest)
         except BaseException:
             wire.close()
             raise
@@ -198,8 +207,9 @@ class _Connection:
     peer: PoolAddress
     wire: Wire
     staging: Staging
+    slowest: Callable[[], float]  # bytes a second
     serial: int = 0  # of the last ``Read``
-    behind: float = 0.0  # seconds later than over a link of ``SLOWEST``
+    behind: float = 0.0  # seconds later than over the slowest link
     since: float = 0.0  # idle since
 
     def fetch(self, pairs: Pairs, claim: Claim, transfer: _Transfer) -> Pairs:
@@ -224,8 +234,8 @@ class _Connection:
             HandoverFailed: the peer refuses it, broke the protocol, or is too slow.
             OSError: the connection broke or went silent.
         """
-        start = time.monotonic()
-        fair = self.peer.block_bytes / SLOWEST
+        start, slowest = time.monotonic(), self.slowest()
+        fair = self.peer.block_bytes / slowest
         deadline = start + PATIENCE - self.behind + fair
         kind, size = parse_header(header or self.wire.take(HEADER.size, deadline), self.peer.block_bytes)
         if kind is Kind.MESSAGE:
@@ -235,13 +245,15 @@ class _Connection:
         if (serial, slot) != (self.serial, theirs):
             raise HandoverFailed(f"the peer sent slot {slot} of request {serial}, not {theirs} of {self.serial}")
         space = self.staging.space(ours)
-        self.wire.receive(space, deadline)
+        self.wire.receive(space, deadline, PATIENCE)
         whole: bool = xxhash.xxh3_128_digest(space) == digest
         if whole:
             self.staging.store(ours)
         self.behind = max(0.0, self.behind + time.monotonic() - start - fair)
         if self.behind > PATIENCE:
-            raise HandoverFailed(f"the TCP link to the peer is slower than {SLOWEST >> 20} MiB/s")
+            raise HandoverFailed(
+                f"the TCP link to the peer is slower than {slowest / 2**20:.3g} MiB/s, as fast as this worker computes"
+            )
         return whole
 
 
@@ -334,8 +346,8 @@ class TcpServer:
                 name = f"attempt {request.attempt} of hand-over {request.handover}"
                 raise HandoverFailed(f"slot {slot} is not exported to {name}")
             content = staging.load(slot)
-            seconds = PATIENCE + len(content) / SLOWEST
-            wire.send(block_head(request.serial, slot, content), content, seconds=seconds)
+            head = block_head(request.serial, slot, content)
+            wire.send(head, content, seconds=SEND_SECONDS, silence=PATIENCE)
 
 
 def _refuse(wire: Wire, reason: str) -> None:

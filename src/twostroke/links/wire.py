@@ -30,23 +30,33 @@ class Wire:
         self._socket.connect((host, port))
         self._socket.setblocking(True)
 
-    def send(self, head: bytes, body: memoryview | None = None, *, seconds: float) -> None:
-        """Send all of it. ``OSError`` if the connection broke, or takes it no faster than in ``seconds``."""
+    def send(
+        self, head: bytes, body: memoryview | None = None, *, seconds: float, silence: float | None = None
+    ) -> None:
+        """Send all of it. ``OSError`` if the connection broke, takes it no faster than in ``seconds``, or takes nothing
+        for ``silence``.
+        """
         deadline = time.monotonic() + seconds
+        limit = _limit(deadline, silence)
         parts = [memoryview(head)] if body is None else [memoryview(head), body]
         while parts:
             try:
                 sent = self._socket.sendmsg(parts)
             except BlockingIOError:
                 sent = 0
+            if sent:
+                limit = _limit(deadline, silence)
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if parts:
                 parts[0] = parts[0][sent:]
-                _check(deadline)
+                _check(limit)
 
-    def receive(self, into: memoryview, deadline: float) -> None:
-        """Fill ``into``. ``OSError`` if the connection broke, or has not given as much by the (monotonic) deadline."""
+    def receive(self, into: memoryview, deadline: float, silence: float | None = None) -> None:
+        """Fill ``into``. ``OSError`` if the connection broke, has not given as much by the (monotonic) deadline, or has
+        given nothing for ``silence`` seconds.
+        """
+        limit = _limit(deadline, silence)
         while into:
             try:
                 count = self._socket.recv_into(into, 0, socket.MSG_WAITALL)
@@ -55,9 +65,10 @@ class Wire:
             else:
                 if not count:
                     raise ConnectionError("the connection was closed")
+                limit = _limit(deadline, silence)
             into = into[count:]
             if into:
-                _check(deadline)
+                _check(limit)
 
     def take(self, count: int, deadline: float) -> bytearray:
         """The next ``count`` bytes. Errors as for ``receive``."""
@@ -107,6 +118,11 @@ class Wire:
         """Give the socket back."""
         with self._closing:
             self._socket.close()
+
+
+def _limit(deadline: float, silence: float | None) -> float:
+    """When to give up if nothing happens until then."""
+    return deadline if silence is None else min(deadline, time.monotonic() + silence)
 
 
 def _check(deadline: float) -> None:

@@ -16,7 +16,7 @@ from twostroke.errors import HandoverFailed
 from twostroke.handover.machine import CONSUMER, ConsumerAction, ConsumerEvent, ConsumerState, Machine
 from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Slot
-from twostroke.links.link import Claim, Link, choose
+from twostroke.links.link import Claim, Failures, Link, Way, choose
 from twostroke.messages import (
     SECRET_HEADER,
     Alive,
@@ -27,7 +27,6 @@ from twostroke.messages import (
     Event,
     Opened,
     Output,
-    PoolAddress,
     Published,
     Sampled,
     decode,
@@ -107,11 +106,13 @@ class Pull:
         patience: float,
         takes_first: bool = True,
         lifecycle: Lifecycle,
+        failures: Failures | None = None,
     ) -> None:
         """A pull that has not begun.
 
         Args:
             links: what this worker reads with, best first.
+            failures: of those links, in all pulls.
             patience: seconds in which a producer that is alive must publish something new.
             takes_first: the producer's first token is ours; else the engine samples it once every block is here.
         """
@@ -120,6 +121,7 @@ class Pull:
         self._attempt = attempt
         self._engine = engine
         self._links = links
+        self._failures = failures or Failures()
         self._peer = peer
         self._patience = patience
         self._takes_first = takes_first
@@ -132,7 +134,7 @@ class Pull:
         self._prompt = len(job.sequence.request.prompt)
         self._needed = layout.blocks(self._prompt)
         self._have = self._verified = admitted.computed // layout.block_tokens  # blocks
-        self._from: tuple[Link, PoolAddress] | None = None  # what the pool is read with, and where
+        self._ways: list[Way] = []  # to the pool, the present one first; known once the producer has answered
         self._fresh: Published | None = None  # published and not yet read
         self._first: Output | None = None
         self._sampled_at = time.monotonic()
@@ -173,19 +175,19 @@ class Pull:
                 deadline = time.monotonic() + self._patience
             match event:
                 case Opened(pools):
-                    self._check(self._from is None, "opened twice")
-                    self._from = choose(self._links, pools)
-                    self._stamp("attached", link=self._from[0].name)
+                    self._check(not self._ways, "opened twice")
+                    self._ways = choose(self._links, pools, self._failures)
+                    self._stamp("attached", link=self._ways[0].link.name)
                     await self._on(ConsumerEvent.OPENED)
                 case Published():
-                    self._check(self._from is not None, "blocks before it opened")
+                    self._check(bool(self._ways), "blocks before it opened")
                     self._check(event.first == self._verified, "blocks out of order")
                     self._check(event.first + len(event.slots) <= self._needed, "more blocks than the prompt has")
                     self._fresh = event
                     await self._on(ConsumerEvent.PUBLISHED)
                     await self._on(ConsumerEvent.VERIFIED)
                 case Sampled(output):
-                    self._check(self._from is not None, "a token before it opened")
+                    self._check(bool(self._ways), "a token before it opened")
                     self._check(self._first is None and len(output.tokens) == 1, "not one first token")
                     self._check(0 <= output.tokens[0].id < self._engine.model.vocab_size, "no token of the model")
                     self._check(0 <= output.cached_tokens <= self._prompt, "more cached tokens than the prompt has")
@@ -244,23 +246,40 @@ class Pull:
     async def _read(self) -> None:
         """Copy what is published. It counts only because the producer confirms, afterwards, that its lease is alive."""
         assert self._fresh, "only published blocks are read"
-        assert self._from, "a pool is known before blocks of it are published"
-        link, pool = self._from
         first, remote = self._fresh.first, self._fresh.slots
         end = first + len(remote)
         if remote:
-            await link.read(pool, remote, self._slots[first:end], Claim(self._handover, self._attempt))
+            await self._copy(remote, self._slots[first:end])
         last = end == self._needed and not self._lacks_token
-        alive = await self._peer.confirm(Confirm(self._handover, self._attempt, pool.instance, end, last))
+        alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._instance, end, last))
         self._check(alive, "its lease had ended before the blocks were read")
         self._verified = end
         self._released = last
 
+    async def _copy(self, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+        """Read slots in the best way that works; one that does not is not tried again in this hand-over."""
+        while True:
+            way = self._ways[0]
+            try:
+                return await way.link.read(way.pool, remote, local, Claim(self._handover, self._attempt))
+            except HandoverFailed as error:
+                self._failures.add(way)
+                if len(self._ways) == 1:
+                    raise
+                del self._ways[0]
+                following = self._ways[0].link.name
+                self._stamp("link_failed", link=way.link.name, reason=error.message, following=following)
+
+    @property
+    def _instance(self) -> str:
+        """The producer's, as it said."""
+        return self._ways[0].pool.instance
+
     async def _release(self) -> None:
         """Tell the producer that nothing more is needed. If that fails, its lease expires by itself."""
-        if self._released or self._from is None:
+        if self._released or not self._ways:
             return
-        message = Confirm(self._handover, self._attempt, self._from[1].instance, self._verified, release=True)
+        message = Confirm(self._handover, self._attempt, self._instance, self._verified, release=True)
         try:
             await self._peer.confirm(message)
         except HandoverFailed as error:
@@ -273,6 +292,7 @@ class Pull:
         blocks = self._needed - self._have
         self._stamp(
             "kv_complete",
+            link=self._ways[0].link.name,
             blocks=blocks,
             bytes=blocks * self._engine.model.layout.block_bytes,
             exposed_ms=round((time.monotonic() - self._sampled_at) * 1e3, 3),

@@ -24,17 +24,21 @@ from twostroke.engine.runner import Limits
 from twostroke.errors import MemoryTooSmall, StartupError
 from twostroke.kv.layout import Layout
 from twostroke.kv.memory import PoolMemory, SlotMemory
-from twostroke.kv.pool import Pool
+from twostroke.kv.pool import Lease, Pool
+from twostroke.links import nixl
 from twostroke.links.link import Link
+from twostroke.links.nixl import NixlLink, NixlServer
 from twostroke.links.shm import SharedMemoryLink
 from twostroke.links.staging import Staging, staging
 from twostroke.links.tcp import TcpLink, TcpServer
-from twostroke.messages import CudaMemory, MemoryFile, ModelCard, PoolAddress, TcpEndpoint
+from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, PoolAddress, TcpEndpoint
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import host_tier
 from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
+
+_SLOWEST = 1 << 20  # bytes a second that a link must bring, while it is not known how fast we compute them
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +52,21 @@ class Loaded:
     engine: Engine
     memory: SlotMemory
     links: tuple[Link, ...]  # what we read other workers' pools with, best first
-    server: TcpServer | None  # sends our slots over TCP; starts with the producer
+    servers: tuple[NixlServer | TcpServer, ...]  # what gives others access to our slots
     offers: tuple[PoolAddress, ...]  # every way in which others may read our pool, best first
     staging: Callable[[], Staging]  # makes access to our slots, for each thread that asks
     tiers: tuple[Tier, ...]  # of our store, not yet open
 
+    def serve(self, exported: Callable[[str, int], Lease | None]) -> None:
+        """Let others read. ``exported``: see ``TcpServer.start``."""
+        for server in self.servers:
+            if isinstance(server, TcpServer):  # nobody asks the owner of memory that NIXL reads
+                server.start(exported)
+
     def close(self) -> None:
         """Let go of pools, ours and others'. The engine has stopped."""
-        if self.server is not None:
-            self.server.close()
+        for server in self.servers:
+            server.close()
         for link in self.links:
             link.close()
         self.memory.close()
@@ -72,8 +82,9 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     """
     settings = config.engine
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if config.link not in ("auto", "store", TcpEndpoint.link, _mapping_link(device)):
-        raise StartupError(f"--link {config.link} does not go with device {device}: use {_mapping_link(device)} or tcp")
+    if config.link not in ("auto", "store", NixlMemory.link, TcpEndpoint.link, _mapping_link(device)):
+        either = f"{_mapping_link(device)}, nixl or tcp"
+        raise StartupError(f"--link {config.link} does not go with device {device}: use {either}")
     directory: Path = models.resolve(config.model, say, settings.load_format)
     say(f"loading {directory.name}")
     model = Model(
@@ -107,17 +118,26 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     engine = Engine(model, Pool(num_slots), max_batch=settings.max_batch, token_budget=token_budget)
     links: list[Link] = []
     offers: list[PoolAddress] = []
-    if config.link not in ("store", TcpEndpoint.link):
+    servers: list[NixlServer | TcpServer] = []
+    access = staging(slots)
+
+    def slowest() -> float:
+        return max(engine.speed, _SLOWEST)
+
+    if config.link in ("auto", mapping.name):
         links.append(mapping)
         offers.append(memory.address)
-    server: TcpServer | None = None
-    access = staging(slots)
+    if registered := _register(config, slots, memory.address, secret):
+        servers.append(registered)
+        links.append(NixlLink(slots, secret, config.link_devices, slowest=slowest))
+        offers.append(registered.address)
     if config.link in ("auto", TcpEndpoint.link):
-        server = TcpServer(bind(config.host, 0), memory.address, access, secret)
-        links.append(TcpLink(memory.address, access, secret))
-        offers.append(server.address)
+        serving = TcpServer(bind(config.host, 0), memory.address, access, secret)
+        servers.append(serving)
+        links.append(TcpLink(memory.address, access, secret, slowest=slowest))
+        offers.append(serving.address)
     tiers = tuple(_make_tier(tier, model.layout, config.name) for tier in config.store)
-    return Loaded(card, tokenizer, engine, memory, tuple(links), server, tuple(offers), access, tiers)
+    return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
 
 
 def _make_tier(config: TierConfig, layout: Layout, owner: str) -> Tier:
@@ -128,6 +148,20 @@ def _make_tier(config: TierConfig, layout: Layout, owner: str) -> Tier:
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
         case configs.DirectoryTier(shared, limit):
             return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
+
+
+def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secret: str) -> NixlServer | None:
+    """Our slots for NIXL, if it was asked for, or is there and gains something over TCP: on a machine with RDMA."""
+    asked = config.link == NixlMemory.link or bool(config.link_devices)
+    if not asked and not (config.link == "auto" and nixl.installed() and nixl.has_rdma()):
+        return None
+    try:
+        return NixlServer(slots, pool, secret, config.link_devices)
+    except StartupError as error:
+        if asked:
+            raise
+        log.warning("going without NIXL: %s", error.message)
+        return None
 
 
 def _mapping_link(device: str) -> str:

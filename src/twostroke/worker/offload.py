@@ -301,8 +301,8 @@ class Offload:
     @property
     def _compute_seconds(self) -> float | None:
         """To compute a block."""
-        pace = self._engine.pace.rate
-        return self._block_tokens / pace if pace else None
+        speed = self._engine.speed
+        return self.store.block_bytes / speed if speed else None
 
     def _batch(self, level: int) -> int:
         return self.store.batch if self.store.stages[level].reads.rate else _TRIAL_BLOCKS

@@ -16,8 +16,9 @@ from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import bind, build_app, serve
 from twostroke.api.service import Load
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
-from twostroke.engine.engine import Admitted, Job, Progress, Update
+from twostroke.engine.engine import MEASURED_TOKENS, Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
+from twostroke.links.link import Failures
 from twostroke.messages import (
     ForeignTicket,
     KvTransfer,
@@ -60,6 +61,7 @@ class Worker:
         self._loaded: Loaded | None = None
         self._session: aiohttp.ClientSession | None = None
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
+        self._failures = Failures()
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
         self._offload: Offload | None = None
         self._tickets = Tickets(self._instance, secret, config.bootstrap_hosts, alone=is_loopback(config.host))
@@ -98,8 +100,7 @@ class Worker:
             queue_timeout=self._config.queue_timeout,
             heartbeat=self._config.handover_timeout / 4,
         )
-        if loaded.server is not None:
-            loaded.server.start(self.producer.exported)
+        loaded.serve(self.producer.exported)
         self._loaded, self._state = loaded, "ready"
         self._say("serving")
 
@@ -265,6 +266,7 @@ class Worker:
             # P did not know how many tokens D wants at least, so it may have sampled an end that D must not take.
             takes_first=ticket.same_body or not request.sampling.min_tokens,
             lifecycle=self.lifecycle,
+            failures=self._failures,
         )
         try:
             await pull.run()
@@ -352,10 +354,11 @@ class Worker:
 
 
 async def _warm_up(loaded: Loaded) -> None:
-    """Have kernels compiled and weights in memory before anybody waits for them."""
+    """Have kernels compiled and weights in memory before anybody waits for them, and the engine's speed measured."""
     sampling = Sampling(max_tokens=2, seed=0, temperature=0, ignore_eos=True)
-    async for _ in loaded.engine.submit(Request("warm-up/0/0", [0, 0], sampling)).updates():
-        pass
+    for size in (2, min(2 * MEASURED_TOKENS, loaded.card.max_model_len - 2)):
+        async for _ in loaded.engine.submit(Request("warm-up/0/0", [0] * max(1, size), sampling)).updates():
+            pass
 
 
 def run(config: WorkerConfig) -> int:
