@@ -1,4 +1,4 @@
-"""The command line: ``up``, ``serve``, ``router``, ``chat``, ``kv``. A verb fills a config and hands it to its process.
+"""The command line: ``up``, ``serve``, ``router``, ``store`` … A verb fills a config and hands it to its process.
 
 What a process needs is imported when its verb is chosen, so that ``--help`` and the router never wait for torch.
 """
@@ -57,7 +57,7 @@ class EngineOptions:
     threads: int | None = None
     "CPU threads of each worker. [default: all; up divides them]"
     store: str | None = None
-    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/shared."
+    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
@@ -304,6 +304,56 @@ def chat(
     from twostroke.chat import Chat
 
     return Chat(url, system=system, temperature=temperature, max_tokens=max_tokens).run()
+
+
+@app.command
+def store(
+    *,
+    memory: str | None = None,
+    disk: str | None = None,
+    ttl: str | None = None,
+    layouts: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 8300,
+    insecure: bool = False,
+    parent_pid: ParentPid = None,
+) -> int:
+    """Run a cache service, for --store service:HOST:PORT. TWOSTROKE_SECRET must be the same on all of its workers.
+
+    Parameters
+    ----------
+    memory
+        Memory for KV blocks, such as 8GiB.
+    disk
+        Below that, files: PATH:SIZE.
+    ttl
+        Forget blocks that were not written again for so long: 90s, 30min, 1h. [default: keep them]
+    layouts
+        Most models whose blocks it keeps; they share memory and disk equally.
+    host
+        Address to listen on.
+    port
+        Port to listen on.
+    insecure
+        Listen beyond this machine without a secret.
+    """
+    _follow(parent_pid)
+    config.check_bind(host, config.cluster_secret(), insecure)
+    if layouts < 1:
+        raise StartupError(f"--layouts must be at least 1, not {layouts}")
+    settings = config.StoreConfig(
+        memory=None if memory is None else parse_size(memory),
+        disk=None if disk is None else config.parse_disk(disk),
+        ttl=None if ttl is None else config.parse_seconds(ttl),
+        layouts=layouts,
+        host=host,
+        port=_port(port),
+    )
+    if settings.memory is None and settings.disk is None:
+        raise StartupError("a cache service keeps blocks somewhere: give --memory 8GiB, --disk PATH:SIZE, or both")
+    from twostroke.store.process import run
+
+    return run(settings)
 
 
 kv = App(name="kv", help="Look at, check and clean what disk and directory tiers have left under PATH.")

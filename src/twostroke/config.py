@@ -61,8 +61,18 @@ class DirectoryTier(Struct, frozen=True, forbid_unknown_fields=True, tag="dir"):
         return f"dir:{self.path}" + (f":{self.size}" if self.size is not None else "")
 
 
-TierConfig = HostTier | DiskTier | DirectoryTier
-SHARED_TIERS = (DirectoryTier,)  # that other workers see, too
+class ServiceTier(Struct, frozen=True, forbid_unknown_fields=True, tag="service"):
+    """KV blocks in a cache service."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"service:{self.host}:{self.port}"
+
+
+TierConfig = HostTier | DiskTier | DirectoryTier | ServiceTier
+SHARED_TIERS = (DirectoryTier, ServiceTier)  # that other workers see, too
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,6 +148,30 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     store: tuple[TierConfig, ...] = ()  # of each worker, too
 
 
+class StoreConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The cache service."""
+
+    memory: int | None = None  # bytes
+    disk: DiskTier | None = None
+    ttl: float | None = None  # seconds
+    layouts: int = 1  # of blocks, that is models, that share memory and disk equally
+    host: str = "127.0.0.1"
+    port: int = 8300
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of "90s", "30min", "1h" or "2d".
+
+    Raises:
+        StartupError: the text is no time, or not positive.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d)?", text.strip())
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
+    if seconds <= 0:
+        raise StartupError(f"{text!r} is not a time; write for example 90s, 30min, 1h or 2d")
+    return seconds
+
+
 def check_pools(prefill: int, decode: int, colocated: int) -> None:
     """Can these many workers of each kind serve any request?
 
@@ -204,6 +238,18 @@ def check_link(link: LinkChoice, store: Sequence[TierConfig]) -> None:
         raise StartupError("--link store needs a tier that both ends share: add for example --store dir:/mnt/shared")
 
 
+def parse_disk(text: str) -> DiskTier:
+    """PATH:SIZE.
+
+    Raises:
+        StartupError: it is not.
+    """
+    path, _, size = text.rpartition(":")
+    if not path:
+        raise StartupError(f"--disk {text!r} is not PATH:SIZE; write for example /var/cache/kv:100GiB")
+    return DiskTier(Path(path), parse_size(size))
+
+
 def _parse_tier(text: str) -> TierConfig:
     kind, _, rest = text.partition(":")
     path, _, size = rest.rpartition(":")
@@ -211,12 +257,15 @@ def _parse_tier(text: str) -> TierConfig:
         return HostTier(parse_size(rest))
     if kind == "disk" and path:
         return DiskTier(Path(path), parse_size(size))
+    if kind == "service" and path and size.isdecimal() and 0 < int(size) < 1 << 16:
+        return ServiceTier(path.strip("[]"), int(size))
     if kind == "dir" and rest:
         return (
             DirectoryTier(Path(path), parse_size(size)) if path and _SIZE.fullmatch(size) else DirectoryTier(Path(rest))
         )
     raise StartupError(
-        f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB or dir:/mnt/shared"
+        f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB, dir:/mnt/shared "
+        "or service:HOST:PORT"
     )
 
 

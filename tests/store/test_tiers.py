@@ -1,28 +1,39 @@
 """What every tier does, whatever it is made of."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
 from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, key, keys
+from twostroke.config import StoreConfig
 from twostroke.errors import MemoryTooSmall
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import host_tier
+from twostroke.store.process import tiers
 from twostroke.store.segment import Segment
+from twostroke.store.server import Server
+from twostroke.store.service import ServiceTier
 from twostroke.store.tier import MemoryTier, Tier
 
 ROOM = 40  # blocks, at least
 BUDGETS = {"memory": ROOM * BYTES, "host": ROOM * BYTES, "disk": 100 * 4096 + ROOM * 2 * 8192, "dir": 4 * ROOM * 8192}
-PERSISTENT = ["disk", "dir"]
+BUDGETS["service"] = BUDGETS["host"]
+PERSISTENT = ["disk", "dir", "service"]
 Make = Callable[..., Tier]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
+async def make(tmp_path: Path) -> AsyncIterator[Make]:
     """Makes a tier by name, closed as yet."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    config = StoreConfig(memory=BUDGETS["service"] * 2, layouts=2)
+    server = Server(listening, tiers(config), "secret", ttl=None, layouts=2)
+    server.start()
 
     def tier(name: str, fingerprint: str = FINGERPRINT, budget: int | None = None, owner: str = "w") -> Tier:
         size = budget or BUDGETS[name]
@@ -33,10 +44,13 @@ def make(tmp_path: Path) -> Make:
                 return disk_tier(tmp_path / name, BYTES, fingerprint, size, owner)
             case "dir":
                 return DirectoryTier(tmp_path / name, BYTES, fingerprint, size)
+            case "service":
+                return ServiceTier("127.0.0.1", port, BYTES, fingerprint, "secret")
             case _:
                 return MemoryTier(capacity=size)
 
-    return tier
+    yield tier
+    await server.close()
 
 
 @pytest.fixture(params=list(BUDGETS))

@@ -27,7 +27,7 @@ class Shelf:
         self._filling: dict[BlockKey, int] = {}
         self._pins: dict[BlockKey, int] = {}
         self._bad: list[int] = []
-        self._held: set[int] = set()  # slots of discarded blocks that are still being read
+        self._held: dict[int, bool] = {}  # slots of discarded blocks that are still being read: are they bad?
 
     @property
     def stored(self) -> int:
@@ -95,8 +95,7 @@ class Shelf:
             return
         del self._pins[key]
         if slot in self._held:
-            self._held.remove(slot)
-            self._put_away(slot)
+            self._put_away(slot, self._held.pop(slot))
 
     def take(self, key: BlockKey) -> int | None:
         """A slot to write the block into, evicting others as needed. None if it is here, or everything is in use."""
@@ -120,18 +119,21 @@ class Shelf:
         """The block could not be written."""
         self._free.append(self._filling.pop(key))
 
-    def discard(self, key: BlockKey) -> None:
-        """The block is damaged. Its slot is set aside, since the next one might fare no better there."""
+    def discard(self, key: BlockKey, *, bad: bool = True) -> None:
+        """Give up a block. If it is damaged its slot is set aside, since the next one might fare no better there."""
         slot = self._slot.pop(key, None)
         if slot is None:
             return
         self._policy.remove(key)
         if key in self._pins:
-            self._held.add(slot)
+            self._held[slot] = bad
         else:
-            self._put_away(slot)
+            self._put_away(slot, bad)
 
-    def _put_away(self, slot: int) -> None:
+    def _put_away(self, slot: int, bad: bool) -> None:
+        if not bad:
+            self._free.append(slot)
+            return
         self._bad.insert(0, slot)
         if len(self._bad) * _MOST_BAD > self.total:
             self._free.insert(0, self._bad.pop())

@@ -150,6 +150,11 @@ class SlotTier:
             self._use(-1)
         return len(keys) - len(missing) + len(written)
 
+    def drop(self, keys: Sequence[BlockKey]) -> None:
+        """Give up blocks; those that are being read, when they are read. On a disk they are found again at start."""
+        for key in keys:
+            self._shelf.discard(key, bad=False)
+
     def usage(self) -> Usage:
         """See ``Tier.usage``."""
         shelf = self._shelf

@@ -108,9 +108,10 @@ class Store:
                 relay.end()
                 await self.stages[0].put(relay.keys, relay)
 
-    def offer(self, keys: Sequence[BlockKey]) -> None:
-        """These blocks can be found in the pool: every tier shall have them. Returns at once."""
-        for stage, pending, wake, idle in zip(self.stages, self._pending, self._wake, self._idle, strict=True):
+    def offer(self, keys: Sequence[BlockKey], *, below: int = 0) -> None:
+        """These blocks can be found in the pool: every tier from level ``below`` on shall have them. Does not wait."""
+        queues = list(zip(self.stages, self._pending, self._wake, self._idle, strict=True))
+        for stage, pending, wake, idle in queues[below:]:
             idle.clear()
             for key in keys:
                 pending[key] = None

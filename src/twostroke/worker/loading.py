@@ -35,6 +35,7 @@ from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, Po
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import host_tier
+from twostroke.store.service import ServiceTier
 from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
 
@@ -136,11 +137,11 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         servers.append(serving)
         links.append(TcpLink(memory.address, access, secret, slowest=slowest))
         offers.append(serving.address)
-    tiers = tuple(_make_tier(tier, model.layout, config.name) for tier in config.store)
+    tiers = tuple(_make_tier(tier, model.layout, config.name, secret) for tier in config.store)
     return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
 
 
-def _make_tier(config: TierConfig, layout: Layout, owner: str) -> Tier:
+def _make_tier(config: TierConfig, layout: Layout, owner: str, secret: str) -> Tier:
     match config:
         case configs.HostTier(size):
             return host_tier(layout.block_bytes, size)
@@ -148,6 +149,8 @@ def _make_tier(config: TierConfig, layout: Layout, owner: str) -> Tier:
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
         case configs.DirectoryTier(shared, limit):
             return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
+        case configs.ServiceTier(host, port):
+            return ServiceTier(host, port, layout.block_bytes, layout.fingerprint, secret)
 
 
 def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secret: str) -> NixlServer | None:
