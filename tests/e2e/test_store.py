@@ -137,17 +137,22 @@ async def test_decoding_goes_on_while_the_worker_that_shares_the_directory_is_st
 
 
 async def test_prefill_and_decode_meet_only_in_the_store(tmp_path: Path, reference: Reference) -> None:
-    """``--link store``, also when the prefill worker is killed in the middle of a prompt."""
-    prompt = reference.prompts()[-2][:1000]
-    engine = [*FLOAT32, "--chunk-size", "128", "--store", f"dir:{tmp_path}/shared", "--link", "store"]
-    with launch(tmp_path, ROLES, engine=engine) as system:
+    """``--link store`` over a cache service, also when P is killed in the middle of a prompt, and then the service."""
+    prompt, other = reference.prompts()[-2][:1000], reference.prompts()[18]
+    port = free_port()
+    engine = [*FLOAT32, "--chunk-size", "128", "--store", f"service:127.0.0.1:{port}", "--link", "store"]
+    with process(tmp_path / "kv", port, "64MiB", "256MiB") as service, launch(tmp_path, ROLES, engine=engine) as system:
         async with client() as session:
             await ask(session, system.url, reference, [prompt[:500]])
             d = system.workers["decode-0"]
-            assert (await metrics(session, d))["hits dir"] == 31
+            assert (await metrics(session, d))["hits service"] == 31
             assert (await system.info(session, "decode-0"))["link"] == "store"
             answer = asyncio.create_task(generate(session, system.url, prompt, TOKENS))
-            await settled(session, d, "hits dir", 31 + 8)
+            await settled(session, d, "hits service", 31 + 8)
             system.workers["prefill-0"].kill()
             assert await answer == reference.generate(prompt, TOKENS)
+            await system.idle(session, ["decode-0"])
+            service.kill()
+            await ask(session, d.url, reference, [other])
+            await settled(session, d, "faults service", 1)
             await system.idle(session, ["decode-0"])

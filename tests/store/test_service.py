@@ -48,9 +48,9 @@ async def client(port: int, fingerprint: str = FINGERPRINT, secret: str = "s") -
 
 
 @contextmanager
-def process(path: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+def process(path: Path, port: int, memory: str = "64KiB", disk: str = "2MiB") -> Iterator["subprocess.Popen[bytes]"]:
     """``twostroke store`` with a disk."""
-    command = [sys.executable, "-m", "twostroke", "store", "--memory", "64KiB", "--disk", f"{path}:2MiB"]
+    command = [sys.executable, "-m", "twostroke", "store", "--memory", memory, "--disk", f"{path}:{disk}"]
     with subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.PIPE) as popen:
         try:
             assert popen.stderr is not None
