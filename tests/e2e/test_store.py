@@ -10,6 +10,7 @@ import aiohttp
 
 from tests.e2e.conftest import FLOAT32, ROLES, Reference
 from tests.e2e.system import Process, client, generate, launch, post, restart
+from tests.store.test_service import free_port, process
 
 TOKENS = 8
 SMALL = (*FLOAT32, "--kv-memory", "42MiB", "--chunk-size", "256")  # 59 blocks: none of the prompts fits beside another
