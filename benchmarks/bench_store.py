@@ -2,7 +2,7 @@
 
 - host tier against memcpy, disk tier against raw direct I/O: the same bytes, in turn
 - looking up a prefix of 4,000 blocks; finding 100,000 blocks again at start
-- time to first token of a long prompt that is in a tier, against computing it (``--no-serve`` leaves it out)
+- time to first token of a long prompt that is in a tier, against computing it (``--only ttft``)
 - eviction: least recently used against S3-FIFO, on a made-up trace of conversations among long prompts
 
 ``python -m benchmarks.bench_store``, a few minutes. Tiers are on the disk that ``--path`` is on.
@@ -251,20 +251,22 @@ async def serve(path: Path, tiers: Sequence[str], repeats: int) -> list[Row]:
         command = ["twostroke", "serve", "--port", str(port), "--kv-memory", "110MiB", "--store", tier]
         name, goal = tier.partition(":")[0], {"host": "<= 0.10", "disk": "<= 0.20"}.get(tier.partition(":")[0], "")
         fresh, loaded = [], []
+        # The pool holds one of the prompts: each leaves it when the other comes.
+        prompts = [[random.Random(number).randrange(100, 49_000) for _ in range(PROMPT)] for number in range(2)]
         with running(command, f"{url}/ready"):
             async with aiohttp.ClientSession() as session:
-                for turn in range(repeats):
-                    prompt = [random.Random(turn).randrange(100, 49_000) for _ in range(PROMPT)]
-                    fresh.append(1e3 * (await stream(session, url, PROMPT, f"fresh-{turn}", prompt))[0])
+                for number, prompt in enumerate(prompts):
+                    fresh.append(1e3 * (await stream(session, url, PROMPT, f"fresh-{number}", prompt))[0])
                     await asyncio.sleep(1.0)  # it is written
-                    await stream(session, url, PROMPT - 800, f"other-{turn}")  # and leaves the pool
-                    loaded.append(1e3 * (await stream(session, url, PROMPT, f"loaded-{turn}", prompt))[0])
+                for turn in range(2 * repeats):
+                    one = await stream(session, url, PROMPT, f"loaded-{turn}", prompts[turn % 2])
+                    loaded.append(1e3 * one[0])
         rows.append(row(f"TTFT, {PROMPT:,} tokens in {name}", "ms", loaded, fresh, "computed", goal))
     return rows
 
 
-async def measure(path: Path, repeats: int, with_serve: bool) -> list[Row]:
-    """All of it."""
+async def measure(path: Path, repeats: int) -> list[Row]:
+    """The tiers by themselves."""
     rows: list[Row] = []
     for name, size in SIZES.items():
         rows += await host(name, size, repeats)
@@ -272,22 +274,23 @@ async def measure(path: Path, repeats: int, with_serve: bool) -> list[Row]:
         rows += await disk(path, name, size, repeats)
     rows += await lookup(path, repeats)
     rows += await rebuild(path, repeats)
-    rows += eviction()
-    if with_serve:
-        rows += await serve(path, ["host:1GiB", f"disk:{path}/serve:2GiB"], 3)
-    return rows
+    return rows + eviction()
 
 
 def main() -> None:
-    """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and report, the tiers by themselves and what they save a request apart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--no-serve", action="store_true")
+    parser.add_argument("--only", choices=["tiers", "ttft"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.path) as path:
-        rows = asyncio.run(measure(Path(path), options.repeats, not options.no_serve))
-    report("store", rows, repeats=options.repeats, disk_threads=DISK_THREADS, host_threads=2)
+        if options.only != "ttft":
+            rows = asyncio.run(measure(Path(path), options.repeats))
+            report("store", rows, repeats=options.repeats, disk_threads=DISK_THREADS, host_threads=2)
+        if options.only != "tiers":
+            rows = asyncio.run(serve(Path(path), ["host:1GiB", f"disk:{path}/serve:2GiB"], options.repeats))
+            report("store_ttft", rows, repeats=2 * options.repeats, computed=2, prompt_tokens=PROMPT)
 
 
 if __name__ == "__main__":
