@@ -239,3 +239,26 @@ def test_ucx_prints_errors_only_unless_told_otherwise(monkeypatch: pytest.Monkey
         monkeypatch.setenv("UCX_LOG_LEVEL", before)
     config.quieten_ucx()
     assert os.environ.pop("UCX_LOG_LEVEL") == (before or "error")
+
+
+def test_tiers_behind_a_port() -> None:
+    text = "host:1073741824,service:10.0.0.7:8300,valkey:cache:6379"
+    tiers = config.parse_store(text)
+    assert tiers[1:] == (config.ServiceTier("10.0.0.7", 8300), config.ValkeyTier("cache", 6379))
+    assert ",".join(map(str, tiers)) == text
+    for bad in ("service:8300", "service:host:0", "valkey:host:99999", "valkey:host:port"):
+        with pytest.raises(StartupError, match="no tier"):
+            config.parse_store(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("90", 90), ("1.5 h", 5400), ("30min", 1800), ("2d", 172800)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert config.parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-1s", "0", "1 week"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(StartupError, match="not a time"):
+        config.parse_seconds(text)

@@ -71,8 +71,18 @@ class ServiceTier(Struct, frozen=True, forbid_unknown_fields=True, tag="service"
         return f"service:{self.host}:{self.port}"
 
 
-TierConfig = HostTier | DiskTier | DirectoryTier | ServiceTier
-SHARED_TIERS = (DirectoryTier, ServiceTier)  # that other workers see, too
+class ValkeyTier(Struct, frozen=True, forbid_unknown_fields=True, tag="valkey"):
+    """KV blocks in a Valkey or Redis server."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"valkey:{self.host}:{self.port}"
+
+
+TierConfig = HostTier | DiskTier | DirectoryTier | ServiceTier | ValkeyTier
+SHARED_TIERS = (DirectoryTier, ServiceTier, ValkeyTier)  # that other workers see, too
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -257,15 +267,15 @@ def _parse_tier(text: str) -> TierConfig:
         return HostTier(parse_size(rest))
     if kind == "disk" and path:
         return DiskTier(Path(path), parse_size(size))
-    if kind == "service" and path and size.isdecimal() and 0 < int(size) < 1 << 16:
-        return ServiceTier(path.strip("[]"), int(size))
+    if kind in ("service", "valkey") and path and size.isdecimal() and 0 < int(size) < 1 << 16:
+        return (ServiceTier if kind == "service" else ValkeyTier)(path.strip("[]"), int(size))
     if kind == "dir" and rest:
         return (
             DirectoryTier(Path(path), parse_size(size)) if path and _SIZE.fullmatch(size) else DirectoryTier(Path(rest))
         )
     raise StartupError(
-        f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB, dir:/mnt/shared "
-        "or service:HOST:PORT"
+        f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB, dir:/mnt/shared, "
+        "service:HOST:PORT or valkey:HOST:PORT"
     )
 
 
@@ -325,6 +335,11 @@ def quieten_ucx() -> None:
 def cluster_secret() -> str:
     """The secret that internal channels require (``TWOSTROKE_SECRET``); empty when none is set."""
     return os.environ.get("TWOSTROKE_SECRET", "")
+
+
+def valkey_password() -> str:
+    """Of the Valkey or Redis server (``TWOSTROKE_VALKEY_PASSWORD``); empty when it needs none."""
+    return os.environ.get("TWOSTROKE_VALKEY_PASSWORD", "")
 
 
 def child_environment(secret: str) -> dict[str, str]:

@@ -151,6 +151,8 @@ def _make_tier(config: TierConfig, layout: Layout, owner: str, secret: str) -> T
             return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
         case configs.ServiceTier(host, port):
             return ServiceTier(host, port, layout.block_bytes, layout.fingerprint, secret)
+        case configs.ValkeyTier(host, port):
+            return _valkey_tier(host, port, layout)
 
 
 def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secret: str) -> NixlServer | None:
@@ -165,6 +167,14 @@ def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secr
             raise
         log.warning("going without NIXL: %s", error.message)
         return None
+
+
+def _valkey_tier(host: str, port: int, layout: Layout) -> Tier:
+    try:
+        from twostroke.store.valkey import ValkeyTier  # its client library is an extra
+    except ImportError as error:
+        raise StartupError("--store valkey:… needs its client: pip install 'twostroke[valkey]'") from error
+    return ValkeyTier(host, port, layout.block_bytes, layout.fingerprint, configs.valkey_password())
 
 
 def _mapping_link(device: str) -> str:
