@@ -50,9 +50,9 @@ async def exposed(session: aiohttp.ClientSession, url: str, request_id: str, lin
     return detail["exposed_ms"] / 1e3, times["prefill-0", "prefill_ended"] - times["prefill-0", "prefill_started"]
 
 
-async def measure(router: str, link: str, repeats: int) -> list[Row]:
-    """Each length, over one link."""
-    rows = []
+async def measure(router: str, link: str, repeats: int) -> None:
+    """Each length, over one link. What is known is reported after each."""
+    rows: list[Row] = []
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{router}/workers") as reply:
             colocated = next(worker["url"] for worker in await reply.json() if worker["id"] == "prefill-0")
@@ -78,20 +78,18 @@ async def measure(router: str, link: str, repeats: int) -> list[Row]:
             if tokens in LENGTHS:
                 rows.append(row(f"exposed hand-over, {what}", "ms", waits, prefills, "its prefill", "≤ 0.05"))
                 rows.append(row(f"second token, {what}", "ms", gaps, steps, "TPOT of the others", "≤ 1.5"))
-    return rows
+            report(f"handover_{link}", rows, threads_per_worker=1, output_tokens=OUTPUT, repeats=repeats)
 
 
 def main() -> None:
     """Start the system over each link and measure it."""
     links = sys.argv[1].split(",") if len(sys.argv) > 1 else ["shm", "tcp", "nixl"]
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    rows = []
     for link in links:
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         with running(["twostroke", "up", "--port", str(port), "--threads", "1", "--link", link], f"{url}/ready"):
-            rows += asyncio.run(measure(url, link, repeats))
-    report("handover", rows, links=links, threads_per_worker=1, output_tokens=OUTPUT, repeats=repeats)
+            asyncio.run(measure(url, link, repeats))
 
 
 if __name__ == "__main__":

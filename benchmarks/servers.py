@@ -23,7 +23,7 @@ def running(module: Sequence[str], ready: str) -> Iterator[None]:
     )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _answers(ready):
+        while not answers(ready):
             assert process.poll() is None, f"{module} ended with {process.returncode}"
             assert time.monotonic() < deadline, f"{module} is not ready after {START_SECONDS:.0f} s"
             time.sleep(0.2)
@@ -47,7 +47,8 @@ def get(url: str) -> object:
         return json.load(reply)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a URL answers with 200."""
     with suppress(urllib.error.URLError, ConnectionError, TimeoutError), urllib.request.urlopen(url, timeout=2):
         return True
     return False

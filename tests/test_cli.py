@@ -9,7 +9,7 @@ import pytest
 from twostroke import __version__, cli
 from twostroke.config import EngineConfig, RouterConfig, UpConfig, WorkerConfig
 
-VERBS = ["up", "serve", "router", "chat"]
+VERBS = ["up", "serve", "router", "chat", "workers drain", "workers role", "workers list"]
 
 
 def taken(monkeypatch: pytest.MonkeyPatch, module: str, arguments: list[str]) -> object:
@@ -40,7 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_fits_a_screen(verb: str) -> None:
-    command = [sys.executable, "-m", "twostroke", *filter(None, [verb]), "--help"]
+    command = [sys.executable, "-m", "twostroke", *verb.split(), "--help"]
     environment = {**os.environ, "COLUMNS": "100"}
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
     assert 5 < len(shown) <= 44
@@ -49,7 +49,7 @@ def test_help_fits_a_screen(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_says_defaults(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.run([verb, "--help"])
+    cli.run([*verb.split(), "--help"])
     shown = capsys.readouterr().out
     assert "[default: " in shown
     assert "parent-pid" not in shown
@@ -121,8 +121,15 @@ def test_the_right_word_is_suggested(
         (("serve", "--load-format", "pickle"), "dummy"),
         (("serve", "--device", "cuda:x"), "not a device"),
         (("serve", "--devices", "cuda:0"), "--device"),
-        (("router",), "no workers"),
-        (("router", "--prefill", "http://a:1"), "--decode"),
+        (("router", "--short-prompt", "-1"), "--short-prompt"),
+        (("router", "--max-queue", "0"), "--max-queue"),
+        (("router", "--retries", "-1"), "--retries"),
+        (("serve", "--router", "localhost:8000"), "http://"),
+        (("serve", "--drain-timeout", "-1"), "--drain-timeout"),
+        (("workers", "list", "--url", "nowhere"), "not the URL"),
+        (("workers", "list", "--url", "http://127.0.0.1:1"), "no router answers"),
+        (("workers", "role", "w", "king"), "prefill"),
+        (("workers", "drian", "w"), "drain"),
         (("router", "--colocated", "localhost:8100"), "http://"),
         (("router", "--colocated", "http://a:1", "http://a:1"), "more than once"),
         (("chat", "--url", "nowhere"), "not a URL"),
@@ -137,7 +144,8 @@ def test_one_line_says_what_is_wrong(
 
 
 def test_a_broken_command_exits_with_2_and_no_traceback() -> None:
-    done = subprocess.run([sys.executable, "-m", "twostroke", "router"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "twostroke", "router", "--decode", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
@@ -213,6 +221,18 @@ def test_no_flags_mean_the_configs_own_defaults(monkeypatch: pytest.MonkeyPatch)
     assert taken(monkeypatch, "twostroke.router.router", ["router", "--colocated", *urls]) == RouterConfig(
         colocated=urls
     )
+
+
+def test_serve_hands_on_its_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "serve --router http://a:1 http://b:2 --drain-timeout 5"
+    config = taken(monkeypatch, "twostroke.worker.worker", flags.split())
+    assert config == WorkerConfig(routers=("http://a:1", "http://b:2"), drain_timeout=5.0)
+
+
+def test_router_hands_on_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "router --short-prompt 9 --max-queue 8 --retries 7 --policy prefix-aware"
+    config = taken(monkeypatch, "twostroke.router.router", flags.split())
+    assert config == RouterConfig(short_prompt=9, max_queue=8, retries=7, policy="prefix-aware")
 
 
 def test_router_takes_several_urls_either_way(monkeypatch: pytest.MonkeyPatch) -> None:

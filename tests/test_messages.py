@@ -16,7 +16,7 @@ def decode(memory: object) -> PoolAddress:
     return msgspec.json.decode(encode(address), type=PoolAddress)
 
 
-@pytest.mark.parametrize("memory", [MemoryFile(3), CudaMemory(UUID, "0f" * 64, 2**40), TcpEndpoint("::1", 9)])
+@pytest.mark.parametrize("memory", [MemoryFile(3), CudaMemory(UUID, "0f" * 64, 2**40), TcpEndpoint("fe80::1%eth0", 9)])
 def test_an_address_survives_the_wire_and_can_be_a_key(memory: MemoryFile | CudaMemory | TcpEndpoint) -> None:
     address = PoolAddress("h", 1, "i", 2, 8, memory)
     assert msgspec.json.decode(encode(address), type=PoolAddress) == address
@@ -50,6 +50,10 @@ def test_an_address_survives_the_wire_and_can_be_a_key(memory: MemoryFile | Cuda
         TCP | {"port": 0},
         TCP | {"port": 65536},
         TCP | {"host": ""},
+        TCP | {"host": "a name"},
+        TCP | {"host": "10.0.0.1\0"},
+        TCP | {"host": "é" * 100},
+        TCP | {"host": "1" * 46},
         TCP | {"fd": 3},
     ],
 )

@@ -21,7 +21,7 @@ from twostroke.children import Child
 from twostroke.cli import app
 from twostroke.config import EngineConfig, UpConfig, parse_store
 from twostroke.messages import Slots
-from twostroke.router.registry import WorkerReport
+from twostroke.router.worker import WorkerReport
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5), st.integers(1, 64))
@@ -84,6 +84,34 @@ def test_what_is_shared_out_is_shown(monkeypatch: pytest.MonkeyPatch, gpus: int,
     assert printed[2].split() == ["decode-0", "decode", "http://a:1", "7", "cuda:5", "3"]
 
 
+class Ending:
+    """Stands in for a child process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.left = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self, *, left: bool) -> None:
+        self.left = left
+        self.ended.set_result(None)
+
+
+async def test_a_drained_worker_leaves_and_any_other_death_counts() -> None:
+    system = up.System(UpConfig(), Console(file=StringIO(), width=200))
+    prefill, decode, last, router = (Ending(name) for name in ("prefill-0", "decode-0", "decode-1", "router"))
+    system._workers, system._router = [prefill, decode, last], [router]  # type: ignore[list-item]
+    dying = asyncio.create_task(system._first_death())
+    decode.end(left=True)
+    await asyncio.sleep(0.01)
+    assert not dying.done()
+    prefill.end(left=False)
+    assert (await dying).name == "prefill-0"
+    system._workers = [last]  # type: ignore[list-item]
+    last.end(left=True)
+    assert (await system._first_death()).name == "decode-1"
+
+
 def test_free_ports_differ() -> None:
     assert len(set(up.free_ports(20))) == 20
 
@@ -125,12 +153,12 @@ def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int
 
 async def test_a_child_reports_its_lines_and_its_end() -> None:
     lines: list[tuple[str, str]] = []
-    child = await Child.start("x", ["router"], os.environ, lambda *line: lines.append(line))
+    child = await Child.start("x", ["router", "--prefill", "x"], os.environ, lambda *line: lines.append(line))
     async with asyncio.timeout(20):
         await child.ended
     assert not child.running
     assert lines == [("x", next(iter(child.last_lines)))]
-    assert child.epitaph().startswith("x ended with exit code 2\n  twostroke: no workers")
+    assert child.epitaph().startswith("x ended with exit code 2\n  twostroke: 'x' is not")
     child.signal(signal.SIGTERM)  # to nobody
 
 

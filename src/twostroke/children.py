@@ -44,6 +44,11 @@ class Child:
     def running(self) -> bool:
         return self._process.returncode is None
 
+    @property
+    def left(self) -> bool:
+        """Whether it ended as it should."""
+        return self._process.returncode == 0
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if the process is still there."""
         if self.running:

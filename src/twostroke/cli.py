@@ -1,4 +1,4 @@
-"""The command line: ``up``, ``serve``, ``router``, ``store`` … A verb fills a config and hands it to its process.
+"""The command line: ``up``, ``serve``, ``router``, ``store`` … Each verb fills a config and hands it on.
 
 What a process needs is imported when its verb is chosen, so that ``--help`` and the router never wait for torch.
 """
@@ -27,7 +27,12 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 
+workers = App(name="workers", help="See the workers of a running router, drain them, change their roles.")
+app.command(workers)
+
 Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+RouterUrl = Annotated[str, Parameter(help="The router.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
 ParentPid = Annotated[int | None, Parameter(show=False)]
 
 
@@ -102,7 +107,7 @@ def up(
     host: str = "127.0.0.1",
     port: int = 8000,
     schedule: config.Schedule = "concurrent",
-    policy: config.Policy = "least-loaded",
+    policy: config.Policy = "prefix-aware",
     on_loss: config.OnLoss = "continue",
     link: config.LinkChoice = "auto",
     link_device: str | None = None,
@@ -180,11 +185,13 @@ def serve(
     max_queue: int = 1024,
     link: config.LinkChoice = "auto",
     link_device: str | None = None,
+    router: Urls = (),
+    drain_timeout: float = 30.0,
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
 ) -> int:
-    """Run one worker. It answers clients itself, or stands behind a router.
+    """Run one worker. It answers clients itself, or stands behind a router. SIGTERM drains it.
 
     Parameters
     ----------
@@ -193,7 +200,7 @@ def serve(
     role
         What the worker says it is for; it can do everything in any role.
     name
-        Name of the worker in logs and timelines, the same after a restart.
+        Name in logs and timelines, also after a restart.
     served_name
         Name of the model for clients. [default: after the model]
     host
@@ -203,16 +210,23 @@ def serve(
     bootstrap_hosts
         Prefill workers (host or host:port) that foreign routers may name.
     max_queue
-        Waiting requests beyond which new ones are refused (429).
+        Waiting requests beyond which new ones get 429.
     link
         How KV blocks travel.
     link_device
         Network devices for NIXL: mlx5_2,mlx5_3. [default: all]
+    router
+        URLs of running routers to join.
+    drain_timeout
+        Seconds to finish in, once told to leave.
     insecure
         Listen beyond this machine without a secret.
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
+    config.check_urls(router)
+    if drain_timeout < 0:
+        raise StartupError(f"--drain-timeout cannot be negative, such as {drain_timeout}")
     settings = WorkerConfig(
         model=model,
         served_name=served_name,
@@ -226,6 +240,8 @@ def serve(
         link=link,
         store=config.parse_store(options.store),
         link_devices=config.check_link_devices(link_device, link),
+        routers=router,
+        drain_timeout=drain_timeout,
     )
     config.check_link(settings.link, settings.store)
     from twostroke.worker.worker import run
@@ -242,12 +258,17 @@ def router(
     host: str = "127.0.0.1",
     port: int = 8000,
     schedule: config.Schedule = "concurrent",
-    policy: config.Policy = "least-loaded",
+    policy: config.Policy = "prefix-aware",
+    short_prompt: int = RouterConfig().short_prompt,
+    max_queue: int = 1024,
+    retries: int = 2,
     on_loss: config.OnLoss = "continue",
     insecure: bool = False,
     parent_pid: ParentPid = None,
 ) -> int:
-    """Run a router over workers that run already, or will. TWOSTROKE_SECRET must be the same on all of them.
+    """Run a router over workers that run already, or will, or join it (serve --router).
+
+    TWOSTROKE_SECRET must be the same on all of them.
 
     Parameters
     ----------
@@ -265,6 +286,12 @@ def router(
         Ask both workers at once, or decode after prefill.
     policy
         How workers are chosen.
+    short_prompt
+        Tokens below which a decode worker prefills by itself.
+    max_queue
+        Requests without a first token, beyond which new ones get 429.
+    retries
+        Times that one request is sent elsewhere after a fault.
     on_loss
         When a worker dies in mid-answer.
     insecure
@@ -272,12 +299,74 @@ def router(
     """
     _follow(parent_pid)
     config.check_bind(host, config.cluster_secret(), insecure)
-    config.check_pools(len(prefill), len(decode), len(colocated))
     config.check_urls((*prefill, *decode, *colocated))
-    settings = RouterConfig(prefill, decode, colocated, schedule, policy, host, _port(port), on_loss=on_loss)
+    for name, value, least in (
+        ("short-prompt", short_prompt, 0),
+        ("max-queue", max_queue, 1),
+        ("retries", retries, 0),
+    ):
+        if value < least:
+            raise StartupError(f"--{name} must be at least {least}, not {value}")
+    settings = RouterConfig(
+        prefill,
+        decode,
+        colocated,
+        schedule,
+        policy,
+        host,
+        _port(port),
+        on_loss=on_loss,
+        short_prompt=short_prompt,
+        max_queue=max_queue,
+        retries=retries,
+    )
     from twostroke.router.router import run
 
     return run(settings)
+
+
+@workers.command(name="list")
+def list_workers(*, url: RouterUrl = DEFAULT_URL) -> int:
+    """Show who is there, in which role and state."""
+    from twostroke.operate import Operator
+
+    return Operator(url).show()
+
+
+@workers.command
+def drain(worker: str, /, *, url: RouterUrl = DEFAULT_URL, seconds: float | None = None) -> int:
+    """Let a worker finish what it has and leave.
+
+    Parameters
+    ----------
+    worker
+        Its id or URL.
+    url
+        The router.
+    seconds
+        Leave then, whatever is still going on. [default: the worker's --drain-timeout]
+    """
+    from twostroke.operate import Operator
+
+    return Operator(url).drain(worker, seconds)
+
+
+@workers.command(name="role")
+def assign(worker: str, role: Role, /, *, url: RouterUrl = DEFAULT_URL) -> int:
+    """Use a worker for something else from now on. It keeps its cache, and the requests that it has.
+
+    Parameters
+    ----------
+    worker
+        Its id or URL.
+    role
+        What for.
+    url
+        The router.
+    """
+    from twostroke.operate import Operator
+
+    return Operator(url).assign(worker, role)
 
 
 @app.command

@@ -16,7 +16,7 @@ from twostroke.errors import StartupError
 from twostroke.messages import Role
 
 Schedule = Literal["concurrent", "serial"]
-Policy = Literal["least-loaded", "round-robin"]
+Policy = Literal["prefix-aware", "least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
 LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp", "store"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
@@ -121,6 +121,8 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     queue_timeout: float = 600.0  # a request that has no slots by then gets 429
     max_queue: int = 1024  # waiting requests, above which new ones get 429
     max_body: int = 16 << 20  # bytes
+    routers: tuple[str, ...] = ()  # URLs of routers to join
+    drain_timeout: float = 30.0  # seconds in which what was begun is finished, once the worker is to leave
 
 
 class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,12 +132,18 @@ class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     decode: tuple[str, ...] = ()
     colocated: tuple[str, ...] = ()
     schedule: Schedule = "concurrent"
-    policy: Policy = "least-loaded"
+    policy: Policy = "prefix-aware"
     host: str = "127.0.0.1"
     port: int = 8000
     heartbeat: float = 1.0  # seconds between looks at each worker
     max_body: int = 16 << 20  # bytes
     on_loss: OnLoss = "continue"
+    # Tokens to compute, below which a decode worker needs no hand-over: a step with up to 32 rows more takes about as
+    # long (reading the weights limits it), while a hand-over takes four requests more and 3 ms.
+    short_prompt: int = 32
+    max_queue: int = 1024  # requests without a first byte, above which new ones get 429
+    queue_timeout: float = 600.0  # for which a request waits until a decode worker has room
+    retries: int = 2  # times that one request is sent to another worker because one was lost, or refused it
 
 
 class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,7 +156,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"  # of the router
     port: int = 8000
     schedule: Schedule = "concurrent"
-    policy: Policy = "least-loaded"
+    policy: Policy = "prefix-aware"
     insecure: bool = False
     engine: EngineConfig = EngineConfig()  # of each worker; they share the cores, and the utilization of one GPU
     devices: tuple[str, ...] = ()  # workers take them in turn; none is by ``engine.device``
@@ -207,7 +215,7 @@ def check_urls(urls: Sequence[str]) -> None:
     """
     for url in urls:
         if not _URL.fullmatch(url):
-            raise StartupError(f"{url!r} is not the URL of a worker; write for example http://127.0.0.1:8100")
+            raise StartupError(f"{url!r} is not the URL of a worker or router; write for example http://127.0.0.1:8100")
     if twice := {url for url in urls if urls.count(url) > 1}:
         raise StartupError(f"{', '.join(sorted(twice))} is given more than once")
 

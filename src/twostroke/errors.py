@@ -86,6 +86,14 @@ class TooLarge(RequestError):
     fault: Fault = "client"
 
 
+class TooSlow(RequestError):
+    """The body did not arrive in time."""
+
+    status = 408
+    kind = "invalid_request_error"
+    fault: Fault = "client"
+
+
 class Overloaded(RequestError):
     """The queue is full. Try again after ``retry_after`` seconds."""
 
@@ -96,6 +104,12 @@ class Overloaded(RequestError):
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class NoRoom(Overloaded):
+    """The decode worker has no slots for the prompt now, and was told not to let it wait."""
+
+    code = "no_room"
 
 
 class Unavailable(RequestError):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
 T = TypeVar("T")
@@ -21,6 +21,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Url = Annotated[str, Meta(min_length=1, max_length=512)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Host = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}\]?)\Z")]  # a name or an address
+Address = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]{2,45}(%[0-9A-Za-z._-]{1,32})?\Z")]  # numeric: nobody is asked
 Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -111,6 +112,7 @@ class Ticket(Struct, frozen=True, forbid_unknown_fields=True):
     attempt: Count = 0
     peer: Url | None = None  # the producer's URL, for the consumer
     same_body: bool = True  # both ends are sent the same body, so that P's first token is D's; else only the prompt is
+    waits: bool = True  # the consumer, for slots; else it answers 429 (``NoRoom``) at once if it has none
 
 
 class Attach(Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,7 +151,7 @@ class TcpEndpoint(Struct, frozen=True, tag="tcp", forbid_unknown_fields=True):
 
     kind: ClassVar[str] = "behind a TCP port"
     link: ClassVar[str] = "tcp"
-    host: Name  # numeric address
+    host: Address
     port: Port
 
 
@@ -330,7 +332,38 @@ class WorkerInfo(Struct, frozen=True):
     queued_tokens: int  # tokens still to compute of running and waiting prompts
     threads: int
     device: str = "cpu"  # as torch names it, such as "cuda:0"
+    dtype: str = ""  # of the KV cache; empty while starting
+    block_tokens: int = 0  # of the layout; 0 while starting
     protocol: int = PROTOCOL
+
+
+class Join(Struct, frozen=True, forbid_unknown_fields=True):
+    """Worker → router, every second: I am here. A router that does not know the worker, or not so, takes a look."""
+
+    url: Url  # where it listens; the router knows better if that is "all addresses"
+    instance: Name
+    role: Role  # what to use it for, unless the router was told otherwise
+    state: WorkerState
+    protocol: int = PROTOCOL
+
+
+class Leave(Struct, frozen=True, forbid_unknown_fields=True):
+    """Worker → router: I am done, and go."""
+
+    url: Url
+    instance: Name
+
+
+class Drain(Struct, frozen=True, forbid_unknown_fields=True):
+    """To a worker, also through its router: take nothing new, finish, serve your KV to who needs it, then leave."""
+
+    seconds: Annotated[float, Meta(ge=0, le=86400)] | None = None  # then leave anyway; None is the worker's own setting
+
+
+class Assign(Struct, frozen=True, forbid_unknown_fields=True):
+    """To a router: use a worker for this from now on."""
+
+    role: Role
 
 
 class TimelineEvent(Struct, frozen=True):

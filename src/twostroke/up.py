@@ -23,7 +23,7 @@ from twostroke.children import Child
 from twostroke.config import UpConfig
 from twostroke.messages import SECRET_HEADER, Role, WorkerInfo
 from twostroke.models import default_name, resolve
-from twostroke.router.registry import WorkerReport
+from twostroke.router.worker import WorkerReport
 
 LOOPBACK = "127.0.0.1"
 ROUTER = "router"
@@ -183,9 +183,14 @@ class System:
         self._router.append(await Child.start(ROUTER, arguments, environment, self._board.line))
 
     async def _first_death(self) -> Child:
+        """The first process that ends, unless it is a worker that was drained and is not the last one."""
         children = {child.ended: child for child in (*self._workers, *self._router)}
-        done, _ = await asyncio.wait(children, return_when=asyncio.FIRST_COMPLETED)
-        return children[done.pop()]
+        while True:
+            done, _ = await asyncio.wait(children, return_when=asyncio.FIRST_COMPLETED)
+            child = children.pop(done.pop())
+            if not child.left or len(children) <= len(self._router) or child in self._router:
+                return child
+            self._console.print(f"{child.name} was drained, and has left")
 
     async def _until_ready(self) -> list[WorkerReport]:
         """Show what each process is doing until the router says that all are ready; then, the workers."""

@@ -152,11 +152,12 @@ def test_what_sglang_router_sends(setting: Setting, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", SGLANG_DEFAULTS)
-def test_a_model_may_be_unnamed_only_by_that_router(setting: Setting, path: str) -> None:
-    assert translated(setting, path, model="unknown", **BOOTSTRAP).handover
-    for fields in ({"model": "unknown"}, {"model": "another", **BOOTSTRAP}):
-        with pytest.raises(ModelNotFound):
-            translated(setting, path, **fields)
+def test_a_model_that_is_not_named(setting: Setting, path: str) -> None:
+    """That router says "unknown", also where it hands nothing over."""
+    for fields in ({}, {"model": None}, {"model": "unknown"}, {"model": "unknown", **BOOTSTRAP}, {"model": "tiny"}):
+        assert translated(setting, path, **fields).jobs
+    with pytest.raises(ModelNotFound):
+        translated(setting, path, model="another", **BOOTSTRAP)
 
 
 @pytest.mark.parametrize("path", SGLANG_DEFAULTS)

@@ -540,3 +540,38 @@ def test_ipv6() -> None:
             raise
         except StartupError:
             pytest.skip("no IPv6 here")
+
+
+_DRAINING = """
+import asyncio
+from twostroke.api.http import reply
+from twostroke.api.server import bind, serve
+
+async def app(scope, receive, send):
+    if scope["path"] == "/hang":
+        print("hanging", flush=True)
+        await asyncio.Event().wait()
+    await reply(send, b"hello")
+
+sock = bind("127.0.0.1", 0)
+print("listening", sock.getsockname()[1], flush=True)
+asyncio.run(serve(app, sock, shutdown_seconds=60, drain=lambda: print("draining", flush=True)))
+print("over", flush=True)
+"""
+
+
+async def test_the_first_signal_drains_and_the_second_ends_it_all_at_once() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", _DRAINING, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    async with aiohttp.ClientSession() as http, asyncio.timeout(60):
+        url = f"http://127.0.0.1:{await _port_of(process)}"
+        hanging = asyncio.create_task(http.post(f"{url}/hang"))
+        assert await process.stdout.readline() == b"hanging\n"
+        process.send_signal(signal.SIGTERM)
+        assert await process.stdout.readline() == b"draining\n"
+        async with http.get(url) as response:
+            assert await response.text() == "hello"  # all is served on
+        process.send_signal(signal.SIGTERM)
+        assert await process.stdout.read() == b"over\n"
+        assert await process.wait() == 0
+        hanging.cancel()

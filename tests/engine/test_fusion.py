@@ -11,7 +11,7 @@ from tests.engine.rig import sequences
 from tests.tiny import ARCHITECTURES
 from twostroke.engine import model as model_module
 from twostroke.engine.cpu import CpuRunner
-from twostroke.engine.fusion import _Fused, _Part, fuse
+from twostroke.engine.fusion import _Fused, _Part, fuse, use_product
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Limits
 from twostroke.engine.scheduler import Chunk
@@ -74,6 +74,23 @@ def test_nothing_of_a_step_outlives_it(tiny_model: Tiny, architecture: str) -> N
     (sequence,) = sequences([*range(10, 25)], slots=20, block_tokens=4)
     model.forward([Chunk(sequence, 0, 15, True)])
     assert all(module.input is None and module.results == () for module in fused)
+
+
+def test_another_product_computes_every_linear_map(tiny_model: Tiny) -> None:
+    """In the order in which their weights are returned: what is fetched ahead must be what is read next."""
+    model = load(tiny_model("LlamaForCausalLM"))
+    (sequence,) = sequences([*range(10, 25)], slots=20, block_tokens=4)
+    right = model.forward([Chunk(sequence, 0, 15, True)])
+    called: list[torch.Tensor] = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        called.append(weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    weights = use_product(network(model), product)
+    assert torch.equal(model.forward([Chunk(sequence, 0, 15, True)]), right)
+    assert [weight.data_ptr() for weight in called] == [weight.data_ptr() for weight in weights]
+    assert len(weights) == 4 * network(model).config.num_hidden_layers + 1
 
 
 def test_another_input_is_refused(tiny_model: Tiny) -> None:

@@ -33,11 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workers(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> Iterator[System]:
     """A prefill and a decode worker that share a secret. Their prefill takes several chunks."""
     model, logs = tiny_model("Qwen3ForCausalLM"), tmp_path_factory.mktemp("logs")
-    engine = ["--dtype", "float32", "--chunk-size", "64", "--kv-memory", "64MiB", "--bootstrap-hosts", "127.0.0.1"]
+    engine = ["--dtype", "float32", "--chunk-size", "64", "--kv-memory", "64MiB", "--served-name", "tiny"]
+    engine += ["--bootstrap-hosts", "127.0.0.1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TWOSTROKE_SECRET", SECRET)
         with launch(logs, ROLES, engine=engine, model=model) as system:
@@ -64,7 +65,7 @@ async def insider() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-@pytest.fixture(scope="session", params=ROUTERS)
+@pytest.fixture(scope="package", params=ROUTERS)
 def router(request: pytest.FixtureRequest, workers: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a foreign router before our prefill and decode worker."""
     try:

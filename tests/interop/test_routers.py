@@ -23,7 +23,7 @@ def body(path: str, prompt: str, **knobs: object) -> dict[str, object]:
         outside: dict[str, object] = {name: asked.pop(name) for name in ("stream", "return_logprob") if name in asked}
         return {"text": prompt, "sampling_params": {names.get(k, k): v for k, v in asked.items()}, **outside}
     if path == "/v1/completions":
-        return {"prompt": prompt, "model": "Qwen3ForCausalLM0", **asked}
+        return {"prompt": prompt, "model": "tiny", **asked}
     return {"messages": [{"role": "user", "content": prompt}], **asked}
 
 

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from twostroke.api.http import reply
 from twostroke.api.server import Timeline, bind, serve
 from twostroke.config import RouterConfig
-from twostroke.messages import SECRET_HEADER, TICKET_HEADER, Slots, Ticket, TimelineEvent, WorkerInfo, encode
+from twostroke.messages import SECRET_HEADER, TICKET_HEADER, Drain, Slots, Ticket, TimelineEvent, WorkerInfo, encode
 from twostroke.router.router import Router
 
 STREAM = [(b"content-type", b"text/event-stream")]
@@ -82,11 +82,14 @@ class ScriptedWorker:
             waiting=0,
             queued_tokens=0,
             threads=1,
+            dtype="float32",
+            block_tokens=16,
         )
         self.answer: Answer = json_answer()
         self.secret = ""
         self.info_delay = 0.0
         self.info_body: bytes | None = None
+        self.drained: Drain | None = None
         self.seen: list[Seen] = []
         self.gate = asyncio.Semaphore(0)
         self.asked = asyncio.Event()
@@ -117,6 +120,9 @@ class ScriptedWorker:
         path: str = scope["path"]
         if path == "/internal/info":
             await self._info(headers, send)
+        elif path == "/internal/drain":
+            self.drained = msgspec.json.decode(await _body(receive), type=Drain)
+            await reply(send, encode(self.info))
         elif path.startswith("/debug/requests/"):
             event = TimelineEvent("prefill_started", self.info.id, 1.0)
             await reply(send, encode(Timeline(path.rsplit("/", 1)[1], [event])))
@@ -185,8 +191,12 @@ async def system(
     policy: str = "least-loaded",
     max_body: int = 1 << 20,
     on_loss: str = "continue",
+    **more: object,
 ) -> AsyncIterator[System]:
-    """Start everything on free ports. The heartbeat is the test's to give (``look``), the first one is given."""
+    """Start everything on free ports. The heartbeat is the test's to give (``look``), the first one is given.
+
+    ``more``: of the router's configuration.
+    """
     log: list[str] = []
     names = [f"{pool}-{i}" for pool, n in (("p", prefill), ("d", decode), ("c", colocated)) for i in range(n)]
     workers = [ScriptedWorker(name, log) for name in names]
@@ -204,6 +214,8 @@ async def system(
             "policy": policy,
             "max_body": max_body,
             "on_loss": on_loss,
+            "short_prompt": 0,  # bodies of tests are short
+            **more,
         }
         session = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
         router = Router(msgspec.convert(settings, RouterConfig), session, secret=secret)
@@ -219,3 +231,4 @@ async def system(
         finally:
             stop.set()
             await serving
+            router.close()

@@ -13,6 +13,7 @@ from twostroke.api.server import Timeline
 from twostroke.errors import EngineFailed, Unavailable
 from twostroke.messages import JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal
 from twostroke.router import registry as registries
+from twostroke.router.breaker import Breaker
 from twostroke.router.reply import Frames
 
 PATH = "/v1/completions"
@@ -89,8 +90,8 @@ async def test_cut_anywhere_the_client_sees_one_stream(then: str) -> None:
                 await (journaled(text[:cut], then=then) if len(asked) == 1 else continuing)(worker, send)
 
             await running.look()
-            for worker in running.workers:
-                worker.answer = answer
+            for known, worker in zip(running.router.registry.workers, running.workers, strict=True):
+                worker.answer, known.breaker = answer, Breaker()
             async with running.client.post(PATH, data=BODY) as reply:
                 assert await reply.read() == WHOLE
             _, second = asked

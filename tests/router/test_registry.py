@@ -9,8 +9,11 @@ import pytest
 from msgspec import structs
 
 from tests.router.scripted import ScriptedWorker, system, until
+from twostroke.messages import Slots
 from twostroke.router import registry as registries
-from twostroke.router.registry import Registry, Worker
+from twostroke.router.policy import ANSWER_TOKENS
+from twostroke.router.registry import Registry
+from twostroke.router.worker import Worker
 
 
 async def given_up(worker: Worker) -> bool:
@@ -26,12 +29,12 @@ async def test_a_worker_that_never_answered_is_starting_until_it_is_late(monkeyp
     async with aiohttp.ClientSession() as session:
         registry = Registry([("http://127.0.0.1:1", "decode")], session, secret="", heartbeat=1)
         (worker,) = registry.workers
-        await registry.poll(0)
+        await registry.poll(worker.url)
         assert worker.report().state == "starting"
         assert "not answered yet" in worker.detail
         assert registry.waited_for() == [worker]
         monkeypatch.setattr(registries, "START_SECONDS", 0.0)
-        await registry.poll(0)
+        await registry.poll(worker.url)
         assert worker.report().state == "lost"
         assert registry.waited_for() == []
         assert worker.report().id == "http://127.0.0.1:1"
@@ -76,7 +79,7 @@ async def test_a_silent_worker_is_lost_and_nobody_waits_for_it(monkeypatch: pyte
 async def test_a_new_instance_is_a_new_worker() -> None:
     async with system(0, 0, 1) as running:
         (before,) = running.router.registry.workers
-        with before.held(400):
+        with before.held(100):
             scripted = running.workers[0]
             scripted.info = structs.replace(scripted.info, instance="second")
             looking = asyncio.create_task(running.look())
@@ -117,37 +120,52 @@ async def test_a_wrong_secret_says_so() -> None:
 
 
 async def test_watching_polls_every_worker_until_cancelled() -> None:
-    scripted = ScriptedWorker("w", [])
-    await scripted.start()
+    scripted = [ScriptedWorker(name, []) for name in ("v", "w")]
+    for one in scripted:
+        await one.start()
     async with aiohttp.ClientSession() as session:
-        registry = Registry([(scripted.url, "colocated")] * 2, session, secret="", heartbeat=0.01)
+        registry = Registry([(one.url, "colocated") for one in scripted], session, secret="", heartbeat=0.01)
         watching = asyncio.create_task(registry.watch())
         await until(lambda: all(worker.ready for worker in registry.workers))
-        scripted.info = structs.replace(scripted.info, running=3)
-        await until(lambda: registry.workers[1].requests == 3)
+        scripted[1].info = structs.replace(scripted[1].info, queued_tokens=3)
+        await until(lambda: registry.workers[1].queued == 3)
         watching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await watching
-    await scripted.stop()
+    for one in scripted:
+        await one.stop()
 
 
 def test_the_load_is_what_we_sent_and_what_others_sent() -> None:
-    worker = Worker("http://w", "prefill")
-    with worker.held(4000), worker.held(4000):
-        assert (worker.requests, worker.tokens, worker.in_flight) == (2, 2000, 2)
-        worker.heard(structs.replace(ScriptedWorker("w", []).info, running=5, waiting=1, queued_tokens=9000))
-        assert (worker.requests, worker.tokens) == (6, 9000)
-    assert (worker.requests, worker.tokens, worker.in_flight) == (4, 7000, 0)  # ours ended, the others' did not
-    with worker.held(4000):
-        worker.heard(structs.replace(ScriptedWorker("w", []).info, running=1))
-    assert worker.requests == 0  # what the worker counted was ours
+    worker, info = Worker("http://w", "colocated"), ScriptedWorker("w", []).info
+    slots = Slots(total=1000, free=100, cached=0, leased=900)
+    with worker.held(1000), worker.held(1000):
+        assert (worker.queued, worker.resident, worker.in_flight) == (2000, 2000 + 2 * ANSWER_TOKENS, 2)
+        worker.heard(structs.replace(info, queued_tokens=9000, slots=slots))
+        assert (worker.queued, worker.resident) == (9000, 900 * 16)
+    assert worker.queued == 7000  # ours ended, the others' did not
+    assert worker.resident == 900 * 16 - 2000 - 2 * ANSWER_TOKENS
+    with worker.held(1000) as hold:
+        worker.heard(structs.replace(info, queued_tokens=1000))
+        assert worker.queued == 1000  # what the worker counted was ours
+        assert hold.begin()
+        assert not hold.begin()
+        assert (worker.queued, worker.resident) == (0, 1000 + ANSWER_TOKENS)
+    assert (worker.queued, worker.resident) == (0, 0)
+
+
+def test_each_end_of_a_hand_over_counts_its_part() -> None:
+    prefill, decode = Worker("http://p", "prefill"), Worker("http://d", "decode")
+    with prefill.held(1000, answers=False), decode.held(1000, computes=False):
+        assert (prefill.queued, prefill.resident) == (1000, 1000)
+        assert (decode.queued, decode.resident) == (0, 1000 + ANSWER_TOKENS)
 
 
 def test_a_failed_request_is_counted_off() -> None:
     worker = Worker("http://w", "prefill")
     with pytest.raises(RuntimeError), worker.held(4000):
         raise RuntimeError
-    assert (worker.in_flight, worker.tokens) == (0, 0)
+    assert (worker.in_flight, worker.queued, worker.resident) == (0, 0, 0)
 
 
 def test_a_report_is_json_with_the_slots() -> None:

@@ -1,7 +1,7 @@
 """Cutting of streams: whatever a worker sends, in whatever pieces, nothing is torn, lost, or held without end."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from twostroke.api.http import DONE
@@ -51,6 +51,7 @@ def test_an_event_is_passed_on_as_soon_as_it_is_whole(events: list[bytes], sizes
 
 
 @given(st.lists(_FRAGMENTS).map(b"".join) | st.binary(max_size=100), st.lists(st.integers(1, 9), min_size=1))
+@example(b"data: [DONE]\n\ndata: 1\n\n", [1])  # something after the last event
 def test_frames_are_understood_or_refused_however_they_arrive(text: bytes, sizes: list[int]) -> None:
     found = fed(Frames(), cut(text, sizes))
     at_once = fed(Frames(), [text] if text else [])

@@ -11,7 +11,7 @@ from starlette.types import Send
 from tests.router.scripted import ScriptedWorker, System, hang, json_answer, stream_answer, system, until
 from twostroke.api.server import Timeline
 from twostroke.messages import SECRET_HEADER, TICKET_HEADER
-from twostroke.router.registry import WorkerReport
+from twostroke.router.worker import WorkerReport
 
 PATH = "/v1/completions"
 BODY = b'{"prompt": "\xc3\xa4", "stream": true,  "x": [1 , 2]}'
@@ -253,6 +253,22 @@ async def test_a_worker_that_comes_back_is_used_again() -> None:
         assert (await ask(running))[0] == 200
 
 
+async def test_a_worker_replaced_behind_its_address_serves_the_next_request() -> None:
+    """Without a heartbeat between: kept connections to the old process are not used."""
+    async with system() as running:
+        assert (await ask(running))[0] == 200
+        for worker in running.workers:
+            await worker.stop()
+            worker.info = msgspec.structs.replace(worker.info, instance=f"{worker.info.id}-second")
+            await worker.start()
+        assert (await ask(running))[0] == 200
+        before = list(running.router.registry.workers)
+        assert all(worker.ready for worker in before)
+        await running.look()
+        assert not set(before) & set(running.router.registry.workers)
+        assert (await ask(running))[0] == 200
+
+
 async def test_a_stream_without_a_journal_that_breaks_ends_with_an_error_event() -> None:
     async with system(0, 0, 1) as running:
         running.workers[0].answer = stream_answer(EVENTS[0], EVENTS[1], breaks=True)
@@ -357,7 +373,7 @@ async def test_metrics_count_what_is_in_flight() -> None:
         asking = asyncio.create_task(ask(running))
         await running.workers[0].asked.wait()
         async with running.client.get("/metrics") as reply:
-            assert b"twostroke_num_requests_running 1.0" in await reply.read()
+            assert b"twostroke_num_requests_waiting 1.0" in await reply.read()
         asking.cancel()
 
 

@@ -37,6 +37,9 @@ class Starting:
     def info(self) -> WorkerInfo:
         raise AssertionError("nobody asks")
 
+    def drain(self, seconds: float | None = None) -> None:
+        raise AssertionError("nobody asks")
+
 
 async def post(path: str, body: bytes) -> int:
     """The status of the reply."""

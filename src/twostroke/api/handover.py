@@ -30,14 +30,13 @@ class BootstrapFields(Struct, frozen=True, forbid_unknown_fields=True):
     bootstrap_room: Room | Annotated[list[Room], _Several] | None = None
 
 
-def check_model(name: str | None, card: ModelCard, handover: ForeignTicket | None) -> None:
+def check_model(name: str | None, card: ModelCard) -> None:
     """Refuse a request for another model.
 
     Raises:
         ModelNotFound: it is not the one that is served here.
     """
-    unnamed = (None, _UNNAMED) if isinstance(handover, Bootstrap) else (None,)
-    if name not in (*unnamed, card.name):
+    if name not in (None, _UNNAMED, card.name):
         raise ModelNotFound(f"the model {name!r} is not served here; {card.name!r} is", param="model")
 
 

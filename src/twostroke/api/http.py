@@ -82,16 +82,26 @@ async def unless_gone(work: Coroutine[None, None, None], receive: Receive) -> No
     Raises:
         ClientGone: the client went away; ``work`` has ended.
     """
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    leash, over = asyncio.timeout(None), False
+    watching = asyncio.ensure_future(_disconnected(receive))
+
+    def gone(_: object) -> None:
+        if not over:
+            leash.reschedule(asyncio.get_running_loop().time())
+
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        working.result()
+        async with leash:
+            watching.add_done_callback(gone)
+            try:
+                await work
+            finally:
+                over = True
+    except TimeoutError:
+        if leash.expired():
+            raise ClientGone from None
+        raise
     finally:
-        working.cancel()
         watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

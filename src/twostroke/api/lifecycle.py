@@ -96,7 +96,9 @@ class Lifecycle:
         self._timelines: OrderedDict[str, _Timeline] = OrderedDict()
         self._registry = CollectorRegistry()
         self._spans = {event: self._histogram(name, text, _LONG) for event, (name, _, text) in _SPANS.items()}
-        self._counts = {key: self._counter(name, text) for key, (name, text) in _COUNTS.items()}
+        self._counts: dict[str, list[tuple[str, Counter]]] = {}  # by event: details and their counters
+        for (event, detail), (name, text) in _COUNTS.items():
+            self._counts.setdefault(event, []).append((detail, self._counter(name, text)))
         self._exposed = self._histogram("handover_exposed_seconds", "KV wait after prefill had ended.", _SHORT)
         self._itl = self._histogram("inter_token_latency_seconds", "Gap between outputs, per token.", _SHORT)
         self._tpot = self._histogram("request_time_per_output_token_seconds", "Mean gap after the first.", _SHORT)
@@ -116,7 +118,7 @@ class Lifecycle:
             timeline = self._timelines.get(http_id) or self._open(http_id)
             if len(timeline.events) < MAX_EVENTS:
                 timeline.events.append(TimelineEvent(event, self._worker, wall, detail))
-            sequence = timeline.sequences.setdefault(sequence_id, _Sequence())
+            sequence = timeline.sequences.get(sequence_id) or timeline.sequences.setdefault(sequence_id, _Sequence())
             start = sequence.times.get(_SPANS[event][1]) if event in _SPANS else None
             first_time = sequence.times.setdefault(event, now) == now
         if first_time:
@@ -145,9 +147,9 @@ class Lifecycle:
         """Ask ``gauges`` at every scrape."""
         self._registry.register(_GaugeCollector(gauges))
 
-    def watch_store(self, reports: Callable[[], Sequence[TierReport]]) -> None:
-        """Ask how the tiers of a store are at every scrape."""
-        self._registry.register(_StoreCollector(reports))
+    def collect(self, collector: Collector) -> None:
+        """Ask ``collector`` too, at every scrape."""
+        self._registry.register(collector)
 
     def metrics(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -163,9 +165,9 @@ class Lifecycle:
     ) -> None:
         if span is not None:
             self._spans[event].observe(span)
-        for name, value in detail.items():
-            counter = self._counts.get((event, name))
-            if counter and isinstance(value, int | float):
+        for name, counter in self._counts.get(event, ()):
+            value = detail.get(name)
+            if isinstance(value, int | float):
                 counter.inc(max(value, 0))
         if event in _HANDOVERS:
             self._handovers.labels(_HANDOVERS[event]).inc()
@@ -229,7 +231,9 @@ _TIER_COUNTS = {
 }
 
 
-class _StoreCollector(Collector):
+class StoreCollector(Collector):
+    """How the tiers of a store are."""
+
     def __init__(self, reports: Callable[[], Sequence[TierReport]]) -> None:
         self._reports = reports
 

@@ -145,7 +145,7 @@ def completions(body: bytes, setting: Setting) -> Call:
     """
     fields, handover = _fields(body, _NEUTRAL_COMPLETION)
     asked = typed(fields, CompletionBody)
-    _check(asked, setting.card, handover)
+    _check(asked, setting.card)
     prompts = [
         Prompt(tokens, asked, COMPLETION_TOKENS, asked.logprobs) for tokens in _prompts(asked.prompt, setting.tokenizer)
     ]
@@ -168,7 +168,7 @@ def chat(body: bytes, setting: Setting) -> Call:
         fields["max_tokens"] = newer
     _drop_from_messages(fields.get("messages"))
     asked = typed(fields, ChatBody)
-    _check(asked, setting.card, handover)
+    _check(asked, setting.card)
     if asked.top_logprobs and not asked.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     if not asked.messages:
@@ -200,8 +200,8 @@ def _drop_from_messages(messages: object) -> None:
                     raise BadRequest(f"messages[{i}].content: only text is supported", param=f"messages[{i}].content")
 
 
-def _check(asked: Body, card: ModelCard, handover: ForeignTicket | None) -> None:
-    check_model(asked.model, card, handover)
+def _check(asked: Body, card: ModelCard) -> None:
+    check_model(asked.model, card)
     if asked.stream_options and not asked.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
 

@@ -193,7 +193,8 @@ class _Api:
         self._lifecycle = lifecycle
         self._max_body = max_body
         self._secret = config.cluster_secret()
-        self._live: dict[tuple[str, str], str | None] = {}  # the rid of each call, by x-request-id and side
+        # The rid of each call, by x-request-id, side and attempt: a new attempt may come before the old one has ended.
+        self._live: dict[tuple[str, str, int], str | None] = {}
 
     def routes(self) -> list[Route]:
         gets: dict[str, Endpoint] = {
@@ -276,7 +277,7 @@ class _Api:
 
     @contextmanager
     def _registered(self, http_id: str, call: Call, ticket: Ticket | None) -> Iterator[None]:
-        key = (http_id, ticket.side if ticket else "")
+        key = (http_id, ticket.side if ticket else "", ticket.attempt if ticket else 0)
         if key in self._live:
             raise Conflict(f"a request with the {REQUEST_ID_HEADER} {http_id} is running")
         self._live[key] = call.rid
@@ -299,7 +300,7 @@ class _Api:
     async def _abort(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over."""
         rid = sglang.abort(await read_body(scope, receive, self._max_body))
-        for http_id in {http_id for (http_id, _), own in self._live.items() if rid in (own, http_id)}:
+        for http_id in {http_id for (http_id, _, _), own in self._live.items() if rid in (own, http_id)}:
             self._service.abort(http_id)
         await reply(send, b"")
 
@@ -404,12 +405,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    app: ASGIApp, sock: socket.socket, *, shutdown_seconds: float, stop: asyncio.Event | None = None
+    app: ASGIApp,
+    sock: socket.socket,
+    *,
+    shutdown_seconds: float,
+    stop: asyncio.Event | None = None,
+    drain: Callable[[], None] | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM or ``stop``; then let requests finish for ``shutdown_seconds``, and end the rest.
 
-    What is still running after that gets a last error event. A second signal ends them at once. Returns normally,
-    so the caller can clean up and choose its exit status.
+    With ``drain``, the first signal calls that instead: everything is served on until ``stop``. What is still running
+    at the end gets a last error event. A second signal ends it all at once. Returns normally, so the caller can clean
+    up and choose its exit status.
     """
     stop = stop or asyncio.Event()
     server = _Server(
@@ -427,7 +434,7 @@ async def serve(
             timeout_graceful_shutdown=math.ceil(shutdown_seconds),
         )
     )
-    with _signals(server, stop):
+    with _signals(server, stop, drain):
         stopping = asyncio.ensure_future(_stop_on(server, stop))
         try:
             await server.serve(sockets=[sock])
@@ -452,14 +459,21 @@ async def _stop_on(server: _Server, stop: asyncio.Event) -> None:
 
 
 @contextmanager
-def _signals(server: _Server, stop: asyncio.Event) -> Iterator[None]:
+def _signals(server: _Server, stop: asyncio.Event, drain: Callable[[], None] | None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    signalled = False
+
     def on_signal() -> None:
-        server.force_exit = stop.is_set()
-        stop.set()
+        nonlocal signalled
+        server.force_exit = signalled
+        if signalled or drain is None:
+            stop.set()
+        else:
+            drain()
+        signalled = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

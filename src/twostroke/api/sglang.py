@@ -120,7 +120,7 @@ def generate(body: bytes, setting: Setting) -> Call:
     params = fields.pop("sampling_params", None)
     shared = {name: fields.pop(name) for name in _PARAM_NAMES & fields.keys()}
     asked = typed(fields, GenerateBody)
-    check_model(asked.model, setting.card, handover)
+    check_model(asked.model, setting.card)
     tokens = _prompts(asked, setting.tokenizer)
     if isinstance(params, list) and len(params) != len(tokens):
         raise BadRequest(

@@ -1,147 +1,38 @@
-"""The router's view of its workers: who they are, whether they are there, and how much each has to do.
+"""The router's view of its workers: who they are, whether they are there, and how they come and go.
 
 Each worker is asked for its ``WorkerInfo`` once a heartbeat. A worker process is a record of its own: when a URL
 answers under a new instance, a fresh ``Worker`` takes its place, and requests that the old one still counts cannot
-disturb it.
+disturb it. A worker that is not ready becomes so only if it agrees with all that are (``agreement.py``).
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Literal
+from collections.abc import Sequence
 
 import aiohttp
-from msgspec import Struct
+import msgspec
 
-from twostroke.messages import PROTOCOL, SECRET_HEADER, Slots, WorkerInfo, decode
+from twostroke.errors import Conflict, NotFound, Overloaded, Unauthorized, WorkerLost
+from twostroke.messages import PROTOCOL, SECRET_HEADER, Drain, Join, Leave, Role, WorkerInfo, decode, encode
+from twostroke.router.agreement import disagreement
 from twostroke.router.policy import Pool
+from twostroke.router.worker import UPSTREAM_ERRORS, Worker
 
 log = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "draining", "lost"]
-
+POOLS: dict[Role, Pool] = {"prefill": "prefill", "decode": "decode", "both": "colocated"}
 START_SECONDS = 120.0  # a worker that has never answered counts as starting for so long, then as lost
 SILENCE = 3.0  # seconds in which a worker must answer a heartbeat, or it is lost with all that it does
+FORGET_SECONDS = 60.0  # a worker that had joined and is lost for so long is forgotten; it joins again if it wakes up
+MAX_WORKERS = 1024
 _EAGER_SECONDS = 0.2  # between looks at a worker that is not ready
 _MAX_INFO = 64 << 10  # bytes
-_BYTES_A_TOKEN = 4  # of a request body, roughly; loads are only compared with each other
-
-
-class WorkerReport(Struct, frozen=True):
-    """One entry of ``GET /workers``. ``role`` is what the router uses the worker for."""
-
-    id: str
-    role: Pool
-    url: str
-    pid: int
-    instance: str
-    state: State
-    detail: str
-    slots: Slots
-    link: str
-    running: int
-    waiting: int
-    in_flight: int  # requests of this router
-    model: str
-    threads: int
-    device: str
-
-
-class Worker:
-    """One worker process. Only the registry changes its state, only holders of it change its counts."""
-
-    def __init__(self, url: str, pool: Pool) -> None:
-        self.url = url
-        self.pool: Pool = pool
-        self.state: State = "starting"
-        self.detail = "has not answered yet"
-        self.info: WorkerInfo | None = None
-        self.in_flight = 0
-        self._tokens_in_flight = 0
-        self._foreign_requests = 0
-        self._foreign_tokens = 0
-        self._waits: set[asyncio.Timeout] = set()
-
-    @property
-    def id(self) -> str:
-        return self.info.id if self.info else self.url
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "ready"
-
-    @property
-    def requests(self) -> int:
-        """Ours, exactly, and what others had there at the last heartbeat."""
-        return self.in_flight + self._foreign_requests
-
-    @property
-    def tokens(self) -> int:
-        """Ours by the size of their bodies, and what others had there at the last heartbeat."""
-        return self._tokens_in_flight + self._foreign_tokens
-
-    def heard(self, info: WorkerInfo) -> None:
-        """Believe what the worker says of itself."""
-        self.info, self.state, self.detail = info, info.state, info.detail
-        self._foreign_requests = max(0, info.running + info.waiting - self.in_flight)
-        self._foreign_tokens = max(0, info.queued_tokens - self._tokens_in_flight)
-
-    @contextmanager
-    def held(self, body_bytes: int) -> Iterator[None]:
-        """Count one request of this size as in flight."""
-        tokens = body_bytes // _BYTES_A_TOKEN
-        self.in_flight += 1
-        self._tokens_in_flight += tokens
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self._tokens_in_flight -= tokens
-
-    @asynccontextmanager
-    async def alive(self) -> AsyncIterator[None]:
-        """Wait for this worker, as long as it is not given up.
-
-        Raises:
-            TimeoutError: it was.
-        """
-        async with asyncio.timeout(None) as wait:
-            self._waits.add(wait)
-            try:
-                yield
-            finally:
-                self._waits.discard(wait)
-
-    def give_up(self) -> None:
-        """End everybody's wait for this worker: it will not answer, or is no more."""
-        while self._waits:
-            self._waits.pop().reschedule(asyncio.get_running_loop().time())
-
-    def report(self) -> WorkerReport:
-        info = self.info
-        return WorkerReport(
-            id=self.id,
-            role=self.pool,
-            url=self.url,
-            pid=info.pid if info else 0,
-            instance=info.instance if info else "",
-            state=self.state,
-            detail=self.detail,
-            slots=info.slots if info else Slots(total=0, free=0, cached=0, leased=0),
-            link=info.link if info else "",
-            running=info.running if info else 0,
-            waiting=info.waiting if info else 0,
-            in_flight=self.in_flight,
-            model=info.model if info else "",
-            threads=info.threads if info else 0,
-            device=info.device if info else "",
-        )
+_NOT_AN_ANSWER = (*UPSTREAM_ERRORS, ValueError)
 
 
 class Registry:
-    """All workers that the router was told of, in their given order."""
+    """All workers: those that the router was told of in their given order, then those that joined."""
 
     def __init__(
         self, urls: Sequence[tuple[str, Pool]], session: aiohttp.ClientSession, *, secret: str, heartbeat: float
@@ -151,18 +42,41 @@ class Registry:
         self._headers = {SECRET_HEADER: secret} if secret else {}
         self._heartbeat = heartbeat
         self._started = time.monotonic()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # -- looking -------------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Poll every worker until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for place in range(len(self.workers)):
-                tasks.create_task(self._watch(place))
+        """Poll every worker, also those that join, until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            for worker in self.workers:
+                self._tasks.create_task(self._watch(worker.url))
+            await asyncio.Event().wait()
+
+    def at(self, url: str) -> Worker | None:
+        """The worker at this URL."""
+        return next((worker for worker in self.workers if worker.url == url), None)
+
+    def find(self, name: str) -> Worker:
+        """The worker with this id or URL.
+
+        Raises:
+            NotFound: there is none.
+            Conflict: several have this id.
+        """
+        found = [worker for worker in self.workers if name in (worker.id, worker.url)]
+        if not found:
+            known = ", ".join(worker.id for worker in self.workers) or "none"
+            raise NotFound(f"there is no worker {name!r}; there are: {known}")
+        if len(found) > 1:
+            raise Conflict(f"{len(found)} workers are called {name!r}: name one by its URL, such as {found[0].url}")
+        return found[0]
 
     def lose(self, worker: Worker, why: str) -> None:
         """Send nothing more to ``worker`` until it answers a heartbeat again."""
         if worker.state != "lost":
             log.warning("worker %s (%s) is lost: %s", worker.id, worker.url, why)
-        worker.state, worker.detail = "lost", why
+        worker.lose(why)
 
     def waited_for(self) -> list[Worker]:
         """Workers that are neither ready nor lost: the system is not whole until they are."""
@@ -170,37 +84,43 @@ class Registry:
 
     async def look(self) -> None:
         """Ask every worker now."""
-        await asyncio.gather(*(self.poll(place) for place in range(len(self.workers))))
+        await asyncio.gather(*(self.poll(worker.url) for worker in self.workers))
 
-    async def poll(self, place: int) -> None:
-        """Ask the worker at ``place`` once, and believe its answer."""
-        worker = self.workers[place]
+    async def poll(self, url: str) -> None:
+        """Ask the worker at ``url`` once, and believe its answer."""
         try:
-            info = await self._ask(worker.url)
-        except TimeoutError:
-            self._missed(worker, f"no answer to a heartbeat for {SILENCE:.0f} s")
-            worker.give_up()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            self._missed(worker, str(error) or type(error).__name__)
+            info = await self._ask(url)
+        except _NOT_AN_ANSWER as error:
+            if worker := self.at(url):
+                silent = isinstance(error, TimeoutError)
+                self._missed(worker, f"no answer to a heartbeat for {SILENCE:.0f} s" if silent else _words(error))
+                if silent:
+                    worker.give_up()
         else:
-            self._heard(place, info)
+            if worker := self.at(url):
+                self._heard(worker, info)
 
-    async def _watch(self, place: int) -> None:
-        while True:
-            await self.poll(place)
-            ready = self.workers[place].ready
-            await asyncio.sleep(self._heartbeat if ready else min(self._heartbeat, _EAGER_SECONDS))
+    async def _watch(self, url: str) -> None:
+        while worker := self.at(url):
+            await self.poll(url)
+            if worker.joined and worker.lost_at and time.monotonic() - worker.lost_at > FORGET_SECONDS:
+                self._forget(worker)
+            await asyncio.sleep(self._heartbeat if worker.ready else min(self._heartbeat, _EAGER_SECONDS))
 
     async def _ask(self, url: str) -> WorkerInfo:
         timeout = aiohttp.ClientTimeout(total=SILENCE)
         async with self._session.get(f"{url}/internal/info", headers=self._headers, timeout=timeout) as reply:
             if reply.status == 401:
-                raise ValueError("it refuses the cluster secret: set the same TWOSTROKE_SECRET on both")
+                raise ValueError(
+                    f"the worker at {url} refuses this router's cluster secret: set the same TWOSTROKE_SECRET on both"
+                )
             if reply.status != 200:
                 raise ValueError(f"it answers /internal/info with status {reply.status}")
             info = decode(await reply.content.read(_MAX_INFO), WorkerInfo)
         if info.protocol != PROTOCOL:
-            raise ValueError(f"it speaks protocol {info.protocol}, this router {PROTOCOL}: run one version")
+            raise ValueError(
+                f"worker {info.id} at {url} speaks protocol {info.protocol}, this router {PROTOCOL}: run one version"
+            )
         return info
 
     def _missed(self, worker: Worker, why: str) -> None:
@@ -210,11 +130,122 @@ class Registry:
         else:
             self.lose(worker, why)
 
-    def _heard(self, place: int, info: WorkerInfo) -> None:
-        worker = self.workers[place]
+    def _heard(self, worker: Worker, info: WorkerInfo) -> None:
         if worker.info and worker.info.instance != info.instance:
             log.warning("worker %s (%s) came back as a new process", worker.id, worker.url)
             self.lose(worker, "there is a new process in its place")
             worker.give_up()
-            worker = self.workers[place] = Worker(worker.url, worker.pool)
-        worker.heard(info)
+            worker = self._replace(worker)
+        if worker.state not in ("ready", "draining") and (why := self._disagreement(info, worker.pool, worker.url)):
+            if worker.state != "refused":
+                log.warning("refused: %s", why)
+            worker.refuse(info, why)
+        else:
+            worker.heard(info)
+
+    def _replace(self, worker: Worker) -> Worker:
+        """A record for the new process at this URL. What the router was told of the old one holds for it too."""
+        fresh = Worker(worker.url, worker.pool, joined=worker.joined)
+        fresh.announced = worker.announced
+        self.workers[self.workers.index(worker)] = fresh
+        return fresh
+
+    def _disagreement(self, info: WorkerInfo, pool: Pool, url: str) -> str | None:
+        present = [other for other in self.workers if other.url != url and other.state in ("ready", "draining")]
+        info = msgspec.structs.replace(info, url=url)
+        named = ((msgspec.structs.replace(o.info, url=o.url), o.pool) for o in present if o.info)
+        return disagreement(info, pool, named)
+
+    # -- coming, going, changing -----------------------------------------------------------------------------------
+
+    async def join(self, message: Join, url: str) -> Worker:
+        """A worker says that it is there, at ``url``. Its role counts when it is new, or was announced otherwise.
+
+        Raises:
+            Conflict: it cannot serve beside the others, is another process, or speaks another protocol.
+            WorkerLost: it cannot be reached from here.
+            Overloaded: there are too many workers.
+        """
+        if message.protocol != PROTOCOL:
+            raise Conflict(
+                f"the worker at {url} speaks protocol {message.protocol}, this router {PROTOCOL}: run one version"
+            )
+        pool, worker = POOLS[message.role], self.at(url)
+        if worker is None:
+            return await self._admit(url, pool)
+        if worker.announced != pool and worker.joined:
+            self.assign(worker, pool)
+            worker.announced = pool
+        if worker.key != message.instance or worker.state != message.state:
+            await self.poll(url)
+            worker = self.at(url) or worker
+        if worker.state == "refused":
+            raise Conflict(worker.detail)
+        return worker
+
+    def leave(self, message: Leave, url: str) -> None:
+        """A worker has nothing left to do here. A URL that the router was started with is watched on."""
+        worker = self.at(url)
+        if worker is None or worker.key != message.instance:
+            return
+        log.info("worker %s (%s) has left", worker.id, url)
+        if worker.joined:
+            self._forget(worker)
+        worker.lose("it was drained, and left")
+
+    def assign(self, worker: Worker, pool: Pool) -> None:
+        """Use a worker for something else from now on. It notices nothing, nor do the requests that it has.
+
+        Raises:
+            Conflict: in that role it would have to exchange blocks with workers that have another layout.
+        """
+        if worker.info and (why := self._disagreement(worker.info, pool, worker.url)):
+            raise Conflict(why)
+        worker.pool = pool
+
+    async def drain(self, worker: Worker, message: Drain) -> None:
+        """Have a worker finish and leave, and send it nothing more.
+
+        Raises:
+            WorkerLost: it cannot be told.
+        """
+        try:
+            async with self._session.post(
+                f"{worker.url}/internal/drain",
+                data=encode(message),
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=SILENCE),
+            ) as reply:
+                if reply.status == 401:
+                    raise Unauthorized(f"worker {worker.id} refuses this router's cluster secret")
+                if reply.status != 200:
+                    raise WorkerLost(f"worker {worker.id} does not drain: status {reply.status}")
+        except UPSTREAM_ERRORS as error:
+            raise WorkerLost(f"worker {worker.id} cannot be told to drain: {_words(error)}") from error
+        if worker.state == "ready":
+            worker.state, worker.detail = "draining", "was told to finish and leave"
+
+    async def _admit(self, url: str, pool: Pool) -> Worker:
+        if len(self.workers) >= MAX_WORKERS:
+            raise Overloaded(f"this router has {len(self.workers)} workers already", retry_after=60)
+        try:
+            info = await self._ask(url)
+        except _NOT_AN_ANSWER as error:
+            raise WorkerLost(f"this router cannot use the worker at {url}: {_words(error)}") from error
+        if why := self._disagreement(info, pool, url):
+            raise Conflict(why)
+        if (worker := self.at(url)) is None:  # it said so twice
+            worker = Worker(url, pool, joined=True)
+            self.workers.append(worker)
+            log.info("worker %s (%s) joined for %s", info.id, url, pool)
+            worker.heard(info)
+            if self._tasks is not None:
+                self._tasks.create_task(self._watch(url))
+        return worker
+
+    def _forget(self, worker: Worker) -> None:
+        self.workers = [other for other in self.workers if other is not worker]
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -7,42 +7,60 @@ prefill worker's reply is waited for only where the serial schedule says so.
 If the answering worker is lost, another one takes its place. Of a stream that the client has seen a part of, it
 continues exactly there: the worker keeps a journal in its stream (``messages.Journal``), whose lines are taken out and
 remembered here, unread, and given to the next worker. Nobody waits for a worker that answers no heartbeat.
+
+A decode worker without slots for the prompt says so at once. Then the prefill is given up, and the request goes to
+another one, or waits in line (``backlog.py``). Any other refusal is passed on once nobody else can be asked.
 """
 
 import asyncio
-import io
+from collections import Counter
 from collections.abc import Sequence
 
-import aiohttp
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import ClientGone, unless_gone
 from twostroke.api.lifecycle import Lifecycle
-from twostroke.config import Policy, RouterConfig
+from twostroke.config import RouterConfig
 from twostroke.errors import RequestError, Unavailable, WorkerLost
 from twostroke.messages import JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal, Ticket, encode
-from twostroke.router.policy import Colocated, Disaggregated, Route, choose, successor
-from twostroke.router.registry import Registry, Worker
-from twostroke.router.reply import Call, Events, Frames, Reply, read_call
+from twostroke.router.backlog import Backlog, Line, Place
+from twostroke.router.policy import ANY, Colocated, Disaggregated, Prompt, Route, Rules, choose, successor
+from twostroke.router.prefix import PrefixMap, chain, tokens_of
+from twostroke.router.registry import Registry
+from twostroke.router.reply import Call, Events, Frames, Refusal, Reply, read_call
+from twostroke.router.upstream import Exchange, Upstream
+from twostroke.router.worker import UPSTREAM_ERRORS, Hold, Wait, Worker
 
-LOSSES = 2  # workers that one request survives
-_CONNECT_SECONDS = 5.0
 _PRODUCER_GRACE = 2.0  # seconds that the prefill end gets once the answer is complete; then nobody needs it
 _RELAYED = ("content-type", "retry-after", "cache-control")
 _PASSED_OVER = (401, 409)  # a producer's refusals that say nothing about the request
-_LARGE = 1 << 20  # bytes; aiohttp writes larger bodies in pieces only from a file
-
-_UPSTREAM_ERRORS = (aiohttp.ClientError, OSError)  # a timeout is an OSError
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+_BUSY = (429, 503)  # refusals that say nothing about the request: another worker may serve it
 
 
-class _Refusal(Struct, frozen=True):
-    """The producer's verdict that the request cannot be served."""
+class _Refused(Exception):
+    """A worker takes no more; nothing was sent to the client yet."""
 
-    status: int
-    headers: dict[str, str]
-    body: bytes
+    def __init__(self, worker: Worker, refusal: Refusal) -> None:
+        super().__init__(f"worker {worker.id} answers {refusal.status}")
+        self.worker = worker
+        self.refusal = refusal
+
+
+class _Trip(Struct, eq=False):
+    """One request on its way: where it has been."""
+
+    call: Call
+    reply: Reply
+    place: Place
+    number: int  # in the line, should it have to wait for room
+    hashes: Sequence[int]  # of its prompt's beginning
+    prompt: Prompt = ANY
+    attempt: int = 0
+    lost: list[Worker] = []  # that it was lost on
+    full: list[Worker] = []  # that had no place for it lately
+    reason: str = ""  # of the latest attempt but the first
+    wait: Wait | None = None  # for the worker that answers
 
 
 class Relay:
@@ -51,23 +69,28 @@ class Relay:
     def __init__(
         self,
         registry: Registry,
-        session: aiohttp.ClientSession,
         lifecycle: Lifecycle,
         config: RouterConfig,
         *,
         secret: str,
     ) -> None:
         self._registry = registry
-        self._session = session
+        self._upstream = Upstream()
         self._lifecycle = lifecycle
-        self._policy: Policy = config.policy
+        self._rules = Rules(config.policy, config.short_prompt)
         self._serial = config.schedule == "serial"
         self._continues = config.on_loss == "continue"
         self._max_body = config.max_body
+        self._retries = config.retries
+        self._queue_timeout = config.queue_timeout
         self._secret = {SECRET_HEADER: secret} if secret else {}
-        self.in_flight = 0
+        self._prefixes = PrefixMap()
+        self._producers: set[asyncio.Task[Refusal | None]] = set()
         self._turn = 0
-        self._producers: set[asyncio.Task[_Refusal | None]] = set()
+        self.backlog = Backlog(config.max_queue)
+        self.line = Line()
+        self.in_flight = 0
+        self.counts: Counter[str] = Counter()  # of what went otherwise than planned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request until it is answered or its client has gone, which ends it on both workers.
@@ -75,152 +98,220 @@ class Relay:
         Raises:
             RequestError: it cannot be answered, or not to the end. ``Boundary`` tells the client.
         """
-        call = await read_call(scope, receive, self._max_body)
-        self._stamp(call, "received", body_bytes=len(call.body))
+        place = self.backlog.enter()
         self.in_flight += 1
         try:
-            await unless_gone(self._attempts(call, Reply(send)), receive)
-        except ClientGone:
-            self._stamp(call, "aborted", reason="the client disconnected")
-            raise
-        except RequestError as error:
-            self._stamp(call, "failed", reason=error.message)
-            raise
-        else:
-            self._stamp(call, "finished")
+            call = await read_call(scope, receive, self._max_body)
+            hashes = chain(call.body) if self._rules.policy == "prefix-aware" else ()
+            await self._serve(_Trip(call, Reply(send), place, self.line.number(), hashes), receive)
         finally:
             self.in_flight -= 1
+            place.leave(served=False)
+            self.line.room()
 
-    async def _attempts(self, call: Call, reply: Reply) -> None:
-        """Route the call; when the worker that answers is lost, begin again or continue on another one."""
-        lost: list[Worker] = []
-        reason = ""
+    async def _serve(self, trip: _Trip, receive: Receive) -> None:
+        self._stamp(trip, "received", body_bytes=len(trip.call.body))
+        try:
+            await unless_gone(self._attempts(trip), receive)
+        except ClientGone:
+            self._stamp(trip, "aborted", reason="the client disconnected")
+            raise
+        except RequestError as error:
+            self._stamp(trip, "failed", reason=error.message)
+            raise
+        else:
+            self._stamp(trip, "finished")
+
+    async def _attempts(self, trip: _Trip) -> None:
+        """Route the request. When the worker that answers is lost, begin again or continue on another one; when it has
+        no place, try another one, then wait in line for room, or pass its refusal on.
+        """
+        reply = trip.reply
+        if self.line:
+            await self._stand_in_line(trip)
         while True:
-            route = self._choose(reply, lost)
-            if lost:
-                self._stamp(call, "continued" if reply.started else "retried", reason=reason)
+            route = self._choose(trip)
+            if trip.attempt:
+                self._note(trip, "continued" if reply.started else "retried")
             try:
-                await self._along(route, call, len(lost), reply)
+                await self._along(route, trip)
+            except _Refused as refused:
+                trip.full.append(refused.worker)
+                if self._other_place(trip):
+                    trip.reason = str(refused)
+                elif refused.refusal.no_room:
+                    await self._stand_in_line(trip)
+                else:
+                    await reply.whole(refused.refusal.status, refused.refusal.headers, refused.refusal.body)
+                    return
             except WorkerLost as error:
-                lost.append(route.worker if isinstance(route, Colocated) else route.decode)
-                if len(lost) > LOSSES or (reply.started and not reply.can_continue):
+                trip.lost.append(route.worker if isinstance(route, Colocated) else route.decode)
+                if len(trip.lost) > self._retries or (reply.started and not reply.can_continue):
                     raise
-                reason = error.message
+                trip.reason = error.message
             else:
                 return
+            trip.attempt += 1
 
-    def _choose(self, reply: Reply, lost: Sequence[Worker]) -> Route[Worker]:
-        """A route without the workers that this request was lost on."""
-        workers = [worker for worker in self._registry.workers if worker not in lost]
+    def _other_place(self, trip: _Trip) -> bool:
+        """Whether a request that was refused may try another worker. A prefill worker is none: it would decode."""
+        return len(trip.full) <= self._retries and any(w.pool != "prefill" and w.ready for w in self._open(trip))
+
+    async def _stand_in_line(self, trip: _Trip) -> None:
+        """Wait until a decode worker may have room."""
+        self.line.refused()
+        trip.full.clear()
+        trip.reason = "no decode worker had room"
+        self._note(trip, "queued")
+        await self.line.turn(trip.number, self._queue_timeout)
+
+    def _open(self, trip: _Trip) -> list[Worker]:
+        return [w for w in self._registry.workers if w not in trip.lost and w not in trip.full]
+
+    def _choose(self, trip: _Trip) -> Route[Worker]:
+        """A route without the workers that this request was lost on, or refused by."""
+        known = self._prefixes.match(trip.hashes) if trip.hashes else {}
+        prompt = trip.prompt = Prompt(tokens_of(len(trip.call.body) + len(trip.reply.journal)), known)
         self._turn += 1
-        if not reply.started:
-            return choose(workers, self._policy, self._turn - 1)
-        try:
-            return Colocated(successor(workers, self._policy, self._turn - 1))
-        except Unavailable as error:
-            raise WorkerLost(f"worker {lost[-1].id} was lost, and the answer cannot go on: {error.message}") from error
+        if not trip.reply.started:
+            route = choose(self._open(trip), self._rules, self._turn - 1, prompt)
+        else:
+            try:
+                route = Colocated(successor(self._open(trip), self._rules, self._turn - 1, prompt))
+            except Unavailable as error:
+                raise WorkerLost(
+                    f"worker {trip.lost[-1].id} was lost, and the answer cannot go on: {error.message}"
+                ) from error
+        if trip.hashes:
+            ends = (route.worker,) if isinstance(route, Colocated) else (route.prefill, route.decode)
+            self._prefixes.remember(trip.hashes, [worker.key for worker in ends])
+        return route
 
-    async def _along(self, route: Route[Worker], call: Call, attempt: int, reply: Reply) -> None:
+    async def _along(self, route: Route[Worker], trip: _Trip) -> None:
+        attempt = trip.attempt
         if isinstance(route, Colocated):
-            self._stamp(call, "routed", worker=route.worker.id, attempt=attempt)
-            await self._answer(call, route.worker, None, reply)
+            self._stamp(trip, "routed", worker=route.worker.id, attempt=attempt)
+            await self._answer(trip, route.worker, None)
             return
-        self._stamp(call, "routed", prefill=route.prefill.id, decode=route.decode.id, attempt=attempt)
-        producer = asyncio.create_task(self._produce(call, route.prefill, Ticket(call.handover, "produce", attempt)))
+        self._stamp(trip, "routed", prefill=route.prefill.id, decode=route.decode.id, attempt=attempt)
+        ticket = Ticket(trip.call.handover, "produce", attempt)
+        producer = asyncio.create_task(self._produce(trip, route.prefill, ticket))
         self._producers.add(producer)
         producer.add_done_callback(self._producers.discard)
         try:
             if self._serial and (refusal := await producer):
-                await reply.whole(refusal.status, refusal.headers, refusal.body)
+                if refusal.status in _BUSY:
+                    raise _Refused(route.prefill, refusal)
+                await trip.reply.whole(refusal.status, refusal.headers, refusal.body)
                 return
-            await self._answer(call, route.decode, self._consume_ticket(route, call, attempt), reply)
+            await self._answer(trip, route.decode, self._consume_ticket(route, trip))
         except BaseException:
             producer.cancel()
             raise
         if not producer.done():
             asyncio.get_running_loop().call_later(_PRODUCER_GRACE, producer.cancel)
 
-    def _consume_ticket(self, route: Disaggregated[Worker], call: Call, attempt: int) -> Ticket | None:
+    def _consume_ticket(self, route: Disaggregated[Worker], trip: _Trip) -> Ticket | None:
         """None when the producer is known to be lost: the decode worker need not look for it."""
         if route.prefill.state == "lost":
             return None
-        return Ticket(call.handover, "consume", attempt, route.prefill.url)
+        return Ticket(trip.call.handover, "consume", trip.attempt, route.prefill.url, waits=False)
 
-    async def _produce(self, call: Call, worker: Worker, ticket: Ticket) -> _Refusal | None:
-        """The prefill end. Its failures are stamped, and left to the decode worker to make good."""
+    async def _produce(self, trip: _Trip, worker: Worker, ticket: Ticket) -> Refusal | None:
+        """The prefill end. Its failures are stamped, and left to the decode worker to make good; but a prefill worker
+        that is busy is passed over, as long as the client has seen nothing.
+        """
         try:
-            with worker.held(len(call.body)):
-                async with worker.alive(), self._post(call, worker, ticket) as upstream:
+            with worker.held(trip.prompt.missing(worker), answers=False) as hold:
+                async with worker.alive(), self._post(trip, worker, ticket) as upstream:
                     body = await upstream.read()
-        except _UPSTREAM_ERRORS as error:
+                    hold.failed = upstream.status >= 500
+        except UPSTREAM_ERRORS as error:
             why = self._lose(worker, error)
-            self._stamp(call, "producer_failed", worker=worker.id, reason=why)
+            self._stamp(trip, "producer_failed", worker=worker.id, reason=why)
             return None
         if upstream.status < 400:
             return None
-        self._stamp(call, "producer_failed", worker=worker.id, status=upstream.status)
+        self._stamp(trip, "producer_failed", worker=worker.id, status=upstream.status)
         if upstream.status == 503:
             self._registry.lose(worker, "it answers 503")
         if upstream.status >= 500 or upstream.status in _PASSED_OVER:
             return None
-        return _Refusal(upstream.status, _relayed(upstream), body)
+        refusal = Refusal(upstream.status, _relayed(upstream), body)
+        if refusal.status in _BUSY and trip.attempt == ticket.attempt and trip.wait and not trip.reply.started:
+            trip.wait.end(_Refused(worker, refusal))
+        return refusal
 
-    async def _answer(self, call: Call, worker: Worker, ticket: Ticket | None, reply: Reply) -> None:
+    async def _answer(self, trip: _Trip, worker: Worker, ticket: Ticket | None) -> None:
         """Relay the reply of the worker that answers.
 
         Raises:
             WorkerLost: it cannot be reached, takes no requests, breaks off, or cannot continue the answer.
+            _Refused: it, or the prefill worker, takes no more now.
         """
+        call, reply = trip.call, trip.reply
         journal = Journal(len(reply.journal), call.created) if self._continues else None
+        tokens = trip.prompt.tokens if ticket else trip.prompt.missing(worker)
         try:
-            with worker.held(len(call.body)):
-                async with worker.alive(), self._post(call, worker, ticket, journal, bytes(reply.journal)) as upstream:
-                    if upstream.status == 503:
-                        raise aiohttp.ClientError("it answers 503")
+            with worker.held(tokens, computes=ticket is None) as hold:
+                async with (
+                    worker.alive() as trip.wait,
+                    self._post(trip, worker, ticket, journal, bytes(reply.journal)) as upstream,
+                ):
+                    hold.failed = upstream.status >= 500
                     if reply.started and JOURNAL_HEADER not in upstream.headers:
                         raise WorkerLost(f"worker {worker.id} cannot continue the answer: status {upstream.status}")
-                    await self._pass_on(call, upstream, reply)
-        except _UPSTREAM_ERRORS as error:
+                    if upstream.status in _BUSY:
+                        raise _Refused(worker, Refusal(upstream.status, _relayed(upstream), await upstream.read()))
+                    await self._pass_on(trip, hold, upstream)
+        except _Refused as refused:
+            if refused.refusal.status == 503:
+                self._registry.lose(refused.worker, "it answers 503")
+            raise
+        except UPSTREAM_ERRORS as error:
             why = self._lose(worker, error)
             if not reply.done:
                 raise WorkerLost(f"worker {worker.id} failed: {why}") from error
             await reply.end_stream(b"")
 
-    async def _pass_on(self, call: Call, upstream: aiohttp.ClientResponse, reply: Reply) -> None:
+    async def _pass_on(self, trip: _Trip, hold: Hold, upstream: Exchange) -> None:
         """An event stream goes on piece by piece; anything else once whole, so that a broken one can be retried."""
-        headers = _relayed(upstream)
-        if upstream.content_type != "text/event-stream":
+        headers, reply = _relayed(upstream), trip.reply
+        if not upstream.streams:
             body = await upstream.read()
-            self._stamp(call, "first_byte")
+            self._begun(trip, hold)
             await reply.whole(upstream.status, headers, body)
             return
         cutter = Frames() if JOURNAL_HEADER in upstream.headers else Events()
-        async for piece in upstream.content.iter_any():
+        while piece := await upstream.piece():
             part = cutter.feed(piece)
-            if not reply.started and part.events:
-                self._stamp(call, "first_byte")
+            if part.events:
+                self._begun(trip, hold)
             await reply.stream(upstream.status, headers, part)
         rest = cutter.end()
         if not reply.started:
-            raise aiohttp.ClientError("it answers with an empty stream")
+            raise ConnectionError("it answers with an empty stream")
         await reply.end_stream(rest)
 
+    def _begun(self, trip: _Trip, hold: Hold) -> None:
+        """There is something for the client."""
+        if hold.begin() and not trip.reply.started:
+            self._stamp(trip, "first_byte")
+            trip.place.leave(served=True)
+
     def _post(
-        self, call: Call, worker: Worker, ticket: Ticket | None, journal: Journal | None = None, lines: bytes = b""
-    ) -> "aiohttp.client._RequestContextManager":
-        headers = {**call.headers, **self._secret}
+        self, trip: _Trip, worker: Worker, ticket: Ticket | None, journal: Journal | None = None, lines: bytes = b""
+    ) -> Exchange:
+        headers = {**trip.call.headers, **self._secret}
         if ticket:
             headers[TICKET_HEADER] = encode(ticket).decode()
         if journal:
             headers[JOURNAL_HEADER] = encode(journal).decode()
-        body = lines + call.body
-        return self._session.post(
-            worker.url + call.target,
-            data=body if len(body) < _LARGE else io.BytesIO(body),
-            headers=headers,
-            allow_redirects=False,
-            timeout=_TIMEOUT,
-        )
+        return self._upstream.post(worker.url, trip.call.target, headers, lines + trip.call.body)
+
+    def close(self) -> None:
+        """Let go of idle connections."""
+        self._upstream.close()
 
     def _lose(self, worker: Worker, error: Exception) -> str:
         """Why the worker is lost: if it was given up, the registry knows."""
@@ -228,9 +319,14 @@ class Relay:
         self._registry.lose(worker, why)
         return why
 
-    def _stamp(self, call: Call, event: str, **detail: str | int | float) -> None:
-        self._lifecycle.stamp(call.id, event, **detail)
+    def _note(self, trip: _Trip, event: str) -> None:
+        """Stamp something that went otherwise than planned, and why."""
+        self.counts[event] += 1
+        self._stamp(trip, event, reason=trip.reason)
+
+    def _stamp(self, trip: _Trip, event: str, **detail: str | int | float) -> None:
+        self._lifecycle.stamp(trip.call.id, event, **detail)
 
 
-def _relayed(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+def _relayed(upstream: Exchange) -> dict[str, str]:
     return {name: upstream.headers[name] for name in _RELAYED if name in upstream.headers}

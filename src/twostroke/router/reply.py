@@ -1,5 +1,6 @@
 """The client's end of a relayed request: its body in, the answering worker's bytes out."""
 
+import asyncio
 import secrets
 import time
 from typing import NamedTuple, Protocol
@@ -8,7 +9,7 @@ from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import DONE, read_body
-from twostroke.errors import Unavailable
+from twostroke.errors import NoRoom, TooSlow, Unavailable
 from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER
 
 _PASSED_ON = (b"content-type", b"content-encoding", b"accept", b"traceparent")
@@ -17,6 +18,8 @@ _DIGITS = 9  # of the size of a frame
 _MAX_EVENT = 64 << 20  # bytes of an event, or of the events of a frame; a journal's line counts in
 _TOO_LONG = "its events are too long"
 _UNAVAILABLE = b'"type":"%b"' % Unavailable.kind.encode()
+_NO_ROOM = b'"code":"%b"' % (NoRoom.code or "").encode()
+_BODY_SECONDS = 60.0  # in which a client must have sent its request
 
 
 class Call(Struct, frozen=True):
@@ -35,19 +38,38 @@ async def read_call(scope: Scope, receive: Receive, max_body: int) -> Call:
 
     Raises:
         TooLarge: the body has more than ``max_body`` bytes.
+        TooSlow: it did not arrive within ``_BODY_SECONDS``.
         ClientGone: the client went away.
     """
     id_: str = scope["twostroke.http_id"]
     query: str = scope["query_string"].decode("latin-1")
     passed = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _PASSED_ON}
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            body = await read_body(scope, receive, max_body)
+    except TimeoutError:
+        raise TooSlow(f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
     return Call(
         target=scope["path"] + ("?" + query if query else ""),
-        body=await read_body(scope, receive, max_body),
+        body=body,
         id=id_,
         handover=secrets.token_hex(16),
         headers={**passed, REQUEST_ID_HEADER: id_},
         created=int(time.time()),
     )
+
+
+class Refusal(Struct, frozen=True):
+    """A worker's reply that it does not serve this request, or not now."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def no_room(self) -> bool:
+        """Whether the worker only lacks slots at the moment."""
+        return self.status == NoRoom.status and _NO_ROOM in self.body
 
 
 class Part(NamedTuple):
@@ -171,7 +193,7 @@ class Frames:
         return Part(events, lines)
 
     def end(self) -> bytes:
-        if not self._done:
+        if not self._done or self._torn.size:
             raise ConnectionError("the stream ended before the answer did")
         return b""
 

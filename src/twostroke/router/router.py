@@ -24,9 +24,12 @@ from twostroke.api.server import Boundary, Health, Timeline, bind, serve
 from twostroke.config import RouterConfig, cluster_secret
 from twostroke.errors import MethodNotAllowed, NotFound, Unavailable, WorkerLost
 from twostroke.messages import SECRET_HEADER, TimelineEvent, encode
-from twostroke.router.policy import Pool, choose
-from twostroke.router.registry import Registry, Worker
+from twostroke.router.control import control_routes
+from twostroke.router.gauges import WorkerGauges
+from twostroke.router.policy import Pool, Rules, choose
+from twostroke.router.registry import Registry
 from twostroke.router.relay import Relay
+from twostroke.router.worker import Worker
 
 SHUTDOWN_SECONDS = 10.0  # for requests in flight, once the router is told to stop
 TOKEN_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/generate"})
@@ -38,6 +41,7 @@ RELAYED_PATHS = (
     "/get_server_info",
     "/server_info",
 )
+_ROOM_SECONDS = 0.25  # between tries of who waits for room: requests of others end unseen
 _KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
 _ASK = aiohttp.ClientTimeout(total=5.0)  # a worker that only has to look something up
 _GENERATE = aiohttp.ClientTimeout(total=30.0)  # /health_generate waits for a token
@@ -60,8 +64,9 @@ class Router:
         self._session = session
         self._secret = {SECRET_HEADER: secret} if secret else {}
         self._lifecycle = Lifecycle("router")
-        self._relay = Relay(self.registry, session, self._lifecycle, config, secret=secret)
-        self._lifecycle.watch(lambda: Gauges(running=self._relay.in_flight, waiting=0))
+        self._relay = Relay(self.registry, self._lifecycle, config, secret=secret)
+        self._lifecycle.watch(self._gauges)
+        self._lifecycle.collect(WorkerGauges(self.registry, self._relay))
         self._pages = Pages(
             [
                 Route("/health", self._health),
@@ -70,10 +75,23 @@ class Router:
                 Route("/metrics", self._metrics),
                 Route("/debug/requests/{id:path}", self._timeline),
                 Route("/abort_request", self._abort, methods=["POST"]),
+                *control_routes(self.registry, secret),
                 *(Route(path, self._from_a_worker) for path in RELAYED_PATHS),
             ],
             redirect_slashes=False,
         )
+
+    async def watch(self) -> None:
+        """Look at every worker each heartbeat, and whether there is room for who waits, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.registry.watch())
+            while True:
+                await asyncio.sleep(_ROOM_SECONDS)
+                self._relay.line.room()
+
+    def close(self) -> None:
+        """Let go of idle connections."""
+        self._relay.close()
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Requests for tokens go by the short way."""
@@ -93,7 +111,7 @@ class Router:
     async def _ready(self, request: Request) -> Response:
         """200 when some route can be served and no worker is still on its way."""
         try:
-            choose(self.registry.workers, self._config.policy, 0)
+            choose(self.registry.workers, Rules(), 0)
         except Unavailable as error:
             return _json(Health("starting", error.message), 503)
         if waited_for := self.registry.waited_for():
@@ -124,6 +142,10 @@ class Router:
             return msgspec.json.decode(reply.body, type=Timeline).events if reply.status_code == 200 else ()
         except (WorkerLost, ValueError, RecursionError):
             return ()
+
+    def _gauges(self) -> Gauges:
+        waiting = self._relay.backlog.waiting
+        return Gauges(running=self._relay.in_flight - waiting, waiting=waiting)
 
     # asked of workers
 
@@ -168,6 +190,7 @@ def run(config: RouterConfig) -> int:
         StartupError: the port is taken, or the address is not ours.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("twostroke").setLevel(logging.INFO)
     sock = bind(config.host, config.port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(config, sock))
@@ -180,9 +203,10 @@ async def _run(config: RouterConfig, sock: socket.socket) -> None:
         connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:
         router = Router(config, session, secret=cluster_secret())
-        watching = asyncio.create_task(router.registry.watch())
+        watching = asyncio.create_task(router.watch())
         try:
             await serve(router.app, sock, shutdown_seconds=SHUTDOWN_SECONDS)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+            router.close()

@@ -11,12 +11,12 @@ from starlette.types import Receive, Scope, Send
 from twostroke.api.http import header, read_body, reply, unless_gone
 from twostroke.api.server import route
 from twostroke.errors import BadRequest, Unauthorized, Unavailable
-from twostroke.messages import SECRET_HEADER, Attach, Confirm, WorkerInfo, decode, encode
+from twostroke.messages import SECRET_HEADER, Attach, Confirm, Drain, WorkerInfo, decode, encode
 from twostroke.worker.producer import Producer
 
 _MAX_MESSAGE = 64 << 10  # bytes
 _LINES = [(b"content-type", b"application/x-ndjson")]
-Message = TypeVar("Message", Attach, Confirm)
+Message = TypeVar("Message", Attach, Confirm, Drain)
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -24,6 +24,8 @@ class Inside(Protocol):
     """What these endpoints need of a worker."""
 
     def info(self) -> WorkerInfo: ...
+
+    def drain(self, seconds: float | None = None) -> None: ...
 
     @property
     def producer(self) -> Producer | None: ...
@@ -48,12 +50,17 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
         message = await _read(scope, receive, Confirm)
         await reply(send, encode(_producer(worker).confirm(message)))
 
+    async def drain(scope: Scope, receive: Receive, send: Send) -> None:
+        worker.drain((await _read(scope, receive, Drain)).seconds)
+        await reply(send, encode(worker.info()))
+
     async def attach(scope: Scope, receive: Receive, send: Send) -> None:
         message = await _read(scope, receive, Attach)
         await unless_gone(_stream(_producer(worker), message, scope["server"][0], send), receive)
 
     return [
         route("/internal/info", guarded(info), "GET"),
+        route("/internal/drain", guarded(drain), "POST"),
         route("/internal/handover/attach", guarded(attach), "POST"),
         route("/internal/handover/confirm", guarded(confirm), "POST"),
     ]
@@ -67,7 +74,7 @@ def _producer(worker: Inside) -> Producer:
 
 async def _read(scope: Scope, receive: Receive, type_: type[Message]) -> Message:
     try:
-        return decode(await read_body(scope, receive, _MAX_MESSAGE), type_)
+        return decode(await read_body(scope, receive, _MAX_MESSAGE) or b"{}", type_)
     except ValueError as error:
         raise BadRequest(f"{type_.__name__}: {error}") from None
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +13,16 @@ import aiohttp
 import msgspec
 import uvloop
 
-from twostroke.api.lifecycle import Gauges, Lifecycle
+from twostroke.api.lifecycle import Gauges, Lifecycle, StoreCollector
 from twostroke.api.server import bind, build_app, serve
 from twostroke.api.service import Load
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
 from twostroke.engine.engine import MEASURED_TOKENS, Admitted, Job, Progress, Update
-from twostroke.errors import EngineFailed, Overloaded, RequestError, Unavailable
+from twostroke.errors import EngineFailed, NoRoom, Overloaded, RequestError, Unavailable
 from twostroke.links.link import Failures
 from twostroke.messages import (
     ForeignTicket,
+    Join,
     KvTransfer,
     ModelCard,
     Output,
@@ -33,6 +35,7 @@ from twostroke.messages import (
 )
 from twostroke.store.store import Store
 from twostroke.tokenizer import Tokenizer
+from twostroke.worker.announcer import Announcer
 from twostroke.worker.consumer import Peer, Pull
 from twostroke.worker.internal import internal_routes
 from twostroke.worker.loading import Loaded, load
@@ -45,6 +48,7 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
 _PATIENCE = 4  # silences, after which a producer that answers and writes nothing new into the store is given up
 _HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
+_LOOK_SECONDS = 0.05  # between looks at what a draining worker still has to finish
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
 
@@ -66,6 +70,9 @@ class Worker:
         self._offload: Offload | None = None
         self._tickets = Tickets(self._instance, secret, config.bootstrap_hosts, alone=is_loopback(config.host))
         self.producer: Producer | None = None
+        self.leaving = asyncio.Event()  # it is told to drain
+        self._leave_at = 0.0  # on the monotonic clock, whatever is still going on
+        self._announcer: Announcer | None = None
         self.lifecycle = Lifecycle(config.name)
         self.lifecycle.watch(self._gauges)
 
@@ -89,7 +96,7 @@ class Worker:
             slots = loaded.engine.load().slots.total
             store = Store(loaded.tiers, loaded.engine.model.layout.block_bytes, most=max(1, slots // _HELD_SHARE))
             self._offload = Offload(loaded.engine, store, loaded.staging, self.lifecycle)
-            self.lifecycle.watch_store(store.reports)
+            self.lifecycle.collect(StoreCollector(store.reports))
             await self._offload.open()
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.producer = Producer(
@@ -101,12 +108,37 @@ class Worker:
             heartbeat=self._config.handover_timeout / 4,
         )
         loaded.serve(self.producer.exported)
-        self._loaded, self._state = loaded, "ready"
-        self._say("serving")
+        self._loaded = loaded
+        if not self.leaving.is_set():
+            self._state = "ready"
+            self._say("serving")
+        self._announcer = Announcer(self._session, self._config.routers, self._join, self._secret)
+
+    def drain(self, seconds: float | None = None) -> None:
+        """Take no new requests from now on, and leave when nothing is left to finish, or in ``seconds``.
+
+        What runs goes on, and whoever consumes our blocks gets them. Until then peers and routers are answered. Told
+        again, only the time changes.
+        """
+        patience = self._config.drain_timeout if seconds is None else seconds
+        self._state, self._leave_at = "draining", time.monotonic() + patience
+        self._say("finishing what it has, then it leaves")
+        self.leaving.set()
+        if self._announcer is not None:
+            self._announcer.announce()
+
+    async def drained(self) -> None:
+        """Wait until nothing is left to finish, or it is time to leave anyway."""
+        while time.monotonic() < self._leave_at and self._busy():  # noqa: ASYNC110 - no one event ends it
+            await asyncio.sleep(_LOOK_SECONDS)
+        if self._announcer is not None:
+            await self._announcer.leave()
 
     async def stop(self) -> None:
         """Let go of everything."""
         self._state, self._detail = "draining", "shutting down"
+        if self._announcer is not None:
+            self._announcer.close()
         if self.producer is not None:
             self.producer.close()
         if self._session is not None:
@@ -147,6 +179,13 @@ class Worker:
             await self._first_choice(request)
         fetch = None if pulls else await self._fetch(request, ticket if consumes else None)
         job = loaded.engine.submit(request, loads=pulls or bool(fetch and fetch.loads), reloads=fetch is not None)
+        if pulls and ticket is not None and not ticket.waits and request.prompt_index == 0 and not job.admitted:
+            # Whoever routes can choose another worker, and spare the prefill. Later prompts of a batch may wait: they
+            # might never fit at once.
+            loaded.engine.abort(job)
+            self._pulled.pop(request.id).set()
+            self.lifecycle.stamp(request.id, "failed", reason="no room")
+            raise NoRoom("no slots are free for this prompt now")
         self._jobs[job] = request.http_id
         pull: asyncio.Task[None] | None = None
         if fetch:
@@ -227,10 +266,19 @@ class Worker:
             waiting=load.waiting if load else 0,
             queued_tokens=load.queued_tokens if load else 0,
             device=str(loaded.engine.model.device) if loaded else self._config.engine.device,
+            dtype=loaded.engine.model.layout.dtype if loaded else "",
+            block_tokens=loaded.engine.model.layout.block_tokens if loaded else 0,
             threads=loaded.engine.model.threads if loaded else self._config.engine.threads,
         )
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _join(self) -> Join:
+        return Join(self._url, self._instance, self._config.role, self._state)
+
+    def _busy(self) -> bool:
+        """Whether anybody still needs this worker."""
+        return bool(self._jobs or (self.producer is not None and self.producer.open))
 
     def _ready(self) -> Loaded:
         if self._loaded is None or self._state != "ready":
@@ -366,6 +414,11 @@ def run(config: WorkerConfig) -> int:
     return uvloop.run(_run(config))
 
 
+async def _leave(worker: Worker) -> None:
+    await worker.leaving.wait()
+    await worker.drained()
+
+
 async def _run(config: WorkerConfig) -> int:
     secret = cluster_secret()
     sock = bind(config.host, config.port)
@@ -373,20 +426,21 @@ async def _run(config: WorkerConfig) -> int:
     worker = Worker(config, f"http://{host}:{port}", secret)
     app = build_app(worker, worker.lifecycle, max_body=config.max_body, routes=internal_routes(worker, secret))
     stop, died = asyncio.Event(), asyncio.Event()
-    serving = asyncio.create_task(serve(app, sock, shutdown_seconds=_SHUTDOWN_SECONDS, stop=stop))
+    serving = asyncio.create_task(serve(app, sock, shutdown_seconds=_SHUTDOWN_SECONDS, stop=stop, drain=worker.drain))
     starting = asyncio.create_task(worker.start(died))
     dying = asyncio.create_task(died.wait())
+    leaving = asyncio.create_task(_leave(worker))
     try:
-        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving, starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            await asyncio.wait({serving, dying}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, dying, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if died.is_set():
             log.critical("the engine thread ended: the worker cannot go on")
         return 1 if died.is_set() else 0
     finally:
         stop.set()
-        dying.cancel()
-        starting.cancel()
-        await asyncio.wait({serving, starting})
+        for task in (dying, starting, leaving):
+            task.cancel()
+        await asyncio.wait({serving, starting, leaving})
         await worker.stop()

@@ -1,0 +1,253 @@
+"""HTTP/1.1 to workers, for the token path alone: POST on kept connections, replies as bytes, nothing else.
+
+aiohttp would do, at three times the cost of a request (``benchmarks/bench_router.py``), and the router makes two of
+them for each of its own. Parsing is httptools' (llhttp), which also serves us in uvicorn.
+"""
+
+import asyncio
+import ssl
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from twostroke.errors import BadRequest
+
+CONNECT_SECONDS = 5.0
+_KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
+_MAX_HEAD = 64 << 10  # bytes
+_HIGH = 1 << 20  # unread bytes at which a connection reads no more, until they are read
+
+
+class Upstream:
+    """Connections to any number of servers. Only idle ones are kept, and only as long as the other end does."""
+
+    def __init__(self) -> None:
+        self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
+
+    def post(self, base: str, target: str, headers: Mapping[str, str], body: bytes) -> "Exchange":
+        """Send ``body`` to ``base`` + ``target``; used with ``async with``, which gives the reply once it has begun.
+
+        Raises:
+            OSError: there is no such server, or it broke off or does not speak HTTP. So do the reply's methods.
+        """
+        return Exchange(self, base, target, headers, body)
+
+    def close(self) -> None:
+        """Close idle connections."""
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+
+    async def connection(self, base: str) -> "_Connection":
+        """An idle one, or a new one."""
+        idle, now = self._idle[base], time.monotonic()
+        while idle:
+            connection = idle.pop()  # the one that was used last
+            if connection.usable and now - connection.idle_since < _KEEP_ALIVE:
+                return connection
+            connection.close()
+        parts = urlsplit(base)
+        secure = parts.scheme == "https"
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                _Connection,
+                parts.hostname or "",
+                parts.port or (443 if secure else 80),
+                ssl=ssl.create_default_context() if secure else None,
+            )
+        return connection
+
+    def keep(self, base: str, connection: "_Connection") -> None:
+        """Its exchange is over."""
+        connection.idle_since = time.monotonic()
+        idle = self._idle[base]
+        idle.append(connection)
+        while idle and not (idle[0].usable and connection.idle_since - idle[0].idle_since < _KEEP_ALIVE):
+            idle.popleft().close()
+
+
+class Exchange:
+    """One request and its reply."""
+
+    def __init__(self, upstream: Upstream, base: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
+        self._upstream = upstream
+        self._base = base
+        self._request = (target, headers, body)
+        self._connection: _Connection
+
+    @property
+    def status(self) -> int:
+        """Of the reply."""
+        return self._connection.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of the reply, names in lower case."""
+        return self._connection.headers
+
+    @property
+    def streams(self) -> bool:
+        """Whether the reply is an event stream."""
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
+    async def piece(self) -> bytes:
+        """What has arrived, at least a byte; empty at the end."""
+        return await self._connection.piece()
+
+    async def read(self) -> bytes:
+        """The rest of the reply."""
+        pieces = []
+        while piece := await self._connection.piece():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def __aenter__(self) -> "Exchange":
+        self._connection = await self._upstream.connection(self._base)
+        try:
+            self._connection.send(self._base, *self._request)
+            await self._connection.begun()
+        except BaseException:
+            self._connection.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._connection.over and self._connection.usable:
+            self._upstream.keep(self._base, self._connection)
+        else:
+            self._connection.close()
+
+
+class _Connection(asyncio.Protocol):
+    """One exchange after the other."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.idle_since = 0.0
+        self.usable = True
+        self.over = True  # no exchange, or its reply is complete
+        self._transport: asyncio.Transport
+        self._parser: httptools.HttpResponseParser
+        self._begun = False
+        self._head_bytes = 0
+        self._pieces: deque[bytes] = deque()
+        self._unread = 0
+        self._paused = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # the exchange
+
+    def send(self, base: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
+        """Begin one."""
+        lines = [f"POST {target} HTTP/1.1", f"host: {base.partition('://')[2]}", f"content-length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(lines)
+        if head.count("\n") != len(lines) - 1:
+            raise BadRequest("a header has a line break")
+        self.status, self.headers = 0, {}
+        self.over = self._begun = False
+        self._head_bytes = 0
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport.write(head.encode("latin-1") + b"\r\n\r\n" + body)
+
+    async def begun(self) -> None:
+        """Until the reply's head is here."""
+        while not self._begun:
+            await self._change()
+
+    async def piece(self) -> bytes:
+        """See ``Exchange.piece``."""
+        while not self._pieces and not self.over:
+            await self._change()
+        if not self._pieces:
+            return b""
+        data = self._pieces.popleft() if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._unread = 0
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    def close(self) -> None:
+        """Also while the server is still answering: it sees us go."""
+        self.usable = False
+        self._transport.abort()
+
+    async def _change(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if not self.usable:
+            raise ConnectionResetError("it closed the connection")
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.usable = False
+        if not self.over:
+            self._error = self._error or ConnectionResetError(
+                "it broke off in the middle of its reply" if self._begun else "it closed the connection"
+            )
+        self._wake()
+
+    def data_received(self, data: bytes) -> None:
+        if self.over:  # nobody asked
+            self.close()
+            return
+        if not self._begun:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+            if not self._begun and self._head_bytes > _MAX_HEAD:
+                raise ConnectionError("the head of its reply is too long")
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, ConnectionError, ValueError) as error:
+            self._error = ConnectionError(f"its reply is not HTTP: {error}")
+            self.close()
+        self._wake()
+
+    # httptools
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self.status = self._parser.get_status_code()
+        self._begun = self.status >= 200
+
+    def on_body(self, data: bytes) -> None:
+        """Called by the parser."""
+        self._pieces.append(data)
+        self._unread += len(data)
+        if self._unread > _HIGH and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        if self._begun:
+            self.over = True
+            self.usable = self.usable and self._parser.should_keep_alive()
