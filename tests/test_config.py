@@ -262,3 +262,10 @@ def test_times(text: str, seconds: float) -> None:
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(StartupError, match="not a time"):
         config.parse_seconds(text)
+
+
+def test_a_service_needs_a_secret_that_up_would_make_up() -> None:
+    config.check_service(config.parse_store("host:1GiB,dir:/mnt"), "")
+    config.check_service(config.parse_store("service:127.0.0.1:8300"), "secret")
+    with pytest.raises(StartupError, match="TWOSTROKE_SECRET"):
+        config.check_service(config.parse_store("service:127.0.0.1:8300"), "")

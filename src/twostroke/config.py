@@ -256,6 +256,16 @@ def check_link(link: LinkChoice, store: Sequence[TierConfig]) -> None:
         raise StartupError("--link store needs a tier that both ends share: add for example --store dir:/mnt/shared")
 
 
+def check_service(store: Sequence[TierConfig], secret: str) -> None:
+    """Will a cache service that runs apart from ``up`` let its workers in? Without a secret, ``up`` makes one up.
+
+    Raises:
+        StartupError: it will not.
+    """
+    if not secret and any(isinstance(tier, ServiceTier) for tier in store):
+        raise StartupError("--store service:… needs the service's secret: set TWOSTROKE_SECRET to the same for both")
+
+
 def parse_disk(text: str) -> DiskTier:
     """PATH:SIZE.
 
