@@ -32,7 +32,7 @@ from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.eviction import POLICIES, Policy
 from twostroke.store.format import HEADER_BYTES, Header, pack
-from twostroke.store.host import host_tier
+from twostroke.store.host import HostTier
 from twostroke.store.segment import Segment
 from twostroke.store.shelf import Shelf
 from twostroke.store.slots import SlotTier
@@ -80,7 +80,7 @@ async def host(name: str, size: int, repeats: int) -> list[Row]:
     """Against one thread's memcpy, and against two threads', since the tier has two."""
     blocks = max(32, (256 << 20) // size)
     pool, other = Pool(blocks, size), PoolMemory(blocks, size, "other")
-    tier = host_tier(size, blocks * size)
+    tier = HostTier(size, blocks * size)
     await tier.open()
     pair = ThreadPoolExecutor(2)
 
@@ -153,7 +153,7 @@ async def lookup(path: Path, repeats: int) -> list[Row]:
     size, count = 512, 4000
     keys = [key("lookup", index) for index in range(count)]
     tiers: list[Tier] = [
-        host_tier(size, size * count),
+        HostTier(size, size * count),
         disk_tier(path / "lookup", size, FINGERPRINT, 64 << 20, "bench"),
         DirectoryTier(path / "shared", size, FINGERPRINT),
     ]

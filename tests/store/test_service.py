@@ -19,8 +19,13 @@ from tests.links.faults import Faults, proxy
 from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, keys
 from twostroke import cli
 from twostroke.config import DiskTier, StoreConfig
+from twostroke.errors import HandoverFailed
+from twostroke.kv.memory import Bytes
+from twostroke.messages import PoolAddress
 from twostroke.store import service
+from twostroke.store.format import Sealed
 from twostroke.store.frames import HEADER, MAX_MESSAGE, Mask, message, parse_header, parse_message, split
+from twostroke.store.host import HostTier
 from twostroke.store.process import tiers
 from twostroke.store.server import Server
 from twostroke.store.service import ServiceTier
@@ -78,8 +83,66 @@ async def test_what_one_worker_writes_others_read() -> None:
         target = Taken()
         assert await other.get(MANY, target) == len(MANY)
         assert target.right(MANY)
+        assert other.mapped == len(MANY), "out of the service's memory"
         assert await other.put(MANY, Given(MANY)) == len(MANY)
         assert other.usage().blocks == len(MANY)
+
+
+async def test_over_the_connection_from_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "host_id", lambda: "elsewhere")
+    async with serving(MEMORY) as (_, port), client(port) as tier:
+        await tier.put(MANY, Given(MANY))
+        for _ in range(2):
+            target = Taken()
+            assert await tier.get(MANY, target) == len(MANY)
+            assert target.right(MANY)
+        assert tier.mapped == 0
+
+
+async def test_memory_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another user's process."""
+
+    def refuse(_: PoolAddress) -> Bytes:
+        raise HandoverFailed("no")
+
+    monkeypatch.setattr(service, "map_peer", refuse)
+    async with serving(MEMORY) as (server, port), client(port) as tier:
+        await tier.put(MANY, Given(MANY))
+        target = Taken()
+        assert await tier.get(MANY, target) == len(MANY)
+        assert target.right(MANY)
+        assert tier.mapped == 0
+        (shop,) = [task.result() for task in server._shops.values()]
+        assert not shop._tiers[0]._shelf._pins
+
+
+async def test_a_reader_that_dawdles_has_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it read may have been evicted by then: the loan is over, and it is told."""
+
+    class Slow(Taken):
+        def place(self, index: int, block: Sealed) -> bool:
+            time.sleep(0.1)
+            return super().place(index, block)
+
+    async with serving(MEMORY) as (server, port), client(port) as tier:
+        await tier.put(MANY, Given(MANY))
+        monkeypatch.setattr("twostroke.store.server.PATIENCE", 0.2)
+        with pytest.raises(TierFailed):
+            await tier.get(MANY[:7], Slow())
+        (shop,) = [task.result() for task in server._shops.values()]
+        await until(lambda: not shop._tiers[0]._shelf._pins)
+
+
+async def test_a_flipped_bit_in_the_services_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(MEMORY) as (server, port), client(port) as tier:
+        await tier.put(MANY, Given(MANY))
+        (shop,) = [task.result() for task in server._shops.values()]
+        first = shop._tiers[0]
+        assert isinstance(first, HostTier)
+        first.arena._view(first._shelf._slot[MANY[5]])[7] ^= 1
+        target = Taken()
+        assert await tier.get(MANY, target) == 5
+        assert target.right(MANY)
 
 
 async def test_blocks_sink_to_the_services_disk_and_rise_again(tmp_path: Path) -> None:
@@ -193,6 +256,7 @@ def test_one_that_is_stopped_is_given_up_and_works_when_it_goes_on(
 @pytest.mark.parametrize("faults", [Faults(cut=5000), Faults(stall=5000)], ids=["cut", "stall"])
 async def test_a_network_that_fails_in_the_middle(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "PATIENCE", 0.3)
+    monkeypatch.setattr(service, "host_id", lambda: "elsewhere")
     async with serving(MEMORY) as (server, port):
         async with client(port) as tier:
             await tier.put(MANY, Given(MANY))
@@ -212,6 +276,25 @@ async def test_a_network_that_fails_in_the_middle(faults: Faults, monkeypatch: p
             assert target.right(MANY)
             assert await tier.get(keys(*range(100, 140)), Taken()) < 40
         await until(lambda: not server._wires)
+
+
+async def test_bits_that_flip_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What arrives damaged is not used, and not stored; it can be had the next time."""
+    monkeypatch.setattr(service, "host_id", lambda: "elsewhere")
+    some = MANY[:7]
+    async with serving(MEMORY) as (_, port):
+        with proxy(("127.0.0.1", port), up=Faults(flip=(3000,))) as network:
+            async with client(network.port) as tier:
+                assert await tier.put(some, Given(some)) == 6
+                assert await tier.put(some, Given(some)) == 7
+        with proxy(("127.0.0.1", port), down=Faults(flip=(3000,))) as network:
+            async with client(network.port) as tier:
+                target = Taken()
+                assert await tier.get(some, target) < 7
+                assert len(target.blocks) == 6
+                assert target.right(some)
+                assert tier.usage().damaged == 1
+                assert await tier.get(some, Taken()) == 7
 
 
 async def test_a_client_that_vanishes_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from twostroke.config import StoreConfig
 from twostroke.errors import MemoryTooSmall
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
-from twostroke.store.host import host_tier
+from twostroke.store.host import HostTier
 from twostroke.store.process import tiers
 from twostroke.store.segment import Segment
 from twostroke.store.server import Server
@@ -41,7 +41,7 @@ async def make(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
         size = budget or BUDGETS[name]
         match name:
             case "host":
-                return host_tier(BYTES, size)
+                return HostTier(BYTES, size)
             case "disk":
                 return disk_tier(tmp_path / name, BYTES, fingerprint, size, owner)
             case "dir":

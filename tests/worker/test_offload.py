@@ -17,7 +17,7 @@ from twostroke.engine.scheduler import Chunk
 from twostroke.links.staging import staging
 from twostroke.messages import Output, Request
 from twostroke.store.disk import disk_tier
-from twostroke.store.host import host_tier
+from twostroke.store.host import HostTier
 from twostroke.store.store import Store
 from twostroke.store.tier import MemoryTier, Target, Tier
 from twostroke.worker.offload import Offload, Writer
@@ -85,7 +85,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 async def test_the_same_tokens_with_each_tier_list(model: Path, tmp_path: Path, names: str) -> None:
     def make(block_bytes: int, fingerprint: str) -> list[Tier]:
         tiers: dict[str, Tier] = {
-            "host": host_tier(block_bytes, 20 * block_bytes),  # fewer than all blocks
+            "host": HostTier(block_bytes, 20 * block_bytes),  # fewer than all blocks
             "disk": disk_tier(tmp_path, block_bytes, fingerprint, MiB, "w"),
             "memory": MemoryTier(),
         }
@@ -137,7 +137,7 @@ def stamps(one: Bench, name: str = "store") -> list[dict[str, str | int | float]
 
 async def test_what_the_first_tier_lost_comes_from_the_second(model: Path, tmp_path: Path) -> None:
     def make(block_bytes: int, fingerprint: str) -> list[Tier]:
-        tiers = host_tier(block_bytes, 10 * block_bytes), disk_tier(tmp_path, block_bytes, fingerprint, MiB, "w")
+        tiers = HostTier(block_bytes, 10 * block_bytes), disk_tier(tmp_path, block_bytes, fingerprint, MiB, "w")
         return list(tiers)
 
     async with bench(model, make) as one:
@@ -324,7 +324,7 @@ async def test_who_is_preempted_is_loaded_again(model: Path) -> None:
 
 
 async def test_while_a_request_waits_its_blocks_rise_to_the_first_tier(model: Path) -> None:
-    async with bench(model, lambda size, _: [host_tier(size, 9 * size), MemoryTier()]) as one:
+    async with bench(model, lambda size, _: [HostTier(size, 9 * size), MemoryTier()]) as one:
         await fill(one)
         running = asyncio.create_task(one.tokens(request(PROMPTS[5], 12)))
         await until(lambda: one.rig.counts.leased > 0)
@@ -334,7 +334,7 @@ async def test_while_a_request_waits_its_blocks_rise_to_the_first_tier(model: Pa
 
 
 async def test_a_store_smaller_than_a_request(model: Path) -> None:
-    async with bench(model, lambda size, _: [host_tier(size, 3 * size)]) as one:
+    async with bench(model, lambda size, _: [HostTier(size, 3 * size)]) as one:
         for _ in range(2):
             for prompt in PROMPTS[:3]:
                 assert await one.tokens(request(prompt, COUNT)) == generate(model, prompt, COUNT)

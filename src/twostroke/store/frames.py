@@ -5,7 +5,7 @@ and its payload. Nothing is decoded before its size and version are checked.
 
 The client speaks first: ``Hello``, and ``Proof`` that it knows the cluster secret, bound to both nonces; so does the
 service. Then each request has one answer: ``Has`` → ``Mask``; ``Get`` → blocks in any order, ``Done``; ``Put`` →
-``Mask`` of those that are wanted, which the client sends → ``Done``.
+``Mask`` of those that are wanted, which the client sends → ``Done``; ``Borrow`` → ``Lent``, see there.
 """
 
 import hmac
@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from twostroke.kv.keys import BlockKey
-from twostroke.messages import TierReport
+from twostroke.messages import Count, Name, PoolAddress, TierReport
 from twostroke.store.format import Sealed
 from twostroke.store.tier import TierFailed
 
@@ -91,6 +91,23 @@ class Done(Struct, frozen=True, tag=8, forbid_unknown_fields=True):
     count: Annotated[int, Meta(ge=0, le=MAX_KEYS)]
 
 
+class Borrow(Struct, frozen=True, tag=12, forbid_unknown_fields=True):
+    """Hold these blocks in the service's memory, which I can map if I am on its machine."""
+
+    keys: Keys
+    host: Name  # ``host_id`` of the client
+
+
+class Lent(Struct, frozen=True, tag=13, forbid_unknown_fields=True):
+    """Service → client: the first blocks are in these slots, and stay there until the client has said ``Done``. That is
+    answered by ``Done`` if it came in time; only then do they count. Without slots nothing follows.
+    """
+
+    pool: PoolAddress | None  # None: its memory cannot be mapped, from there or at all
+    slots: Annotated[list[Count], Meta(max_length=MAX_KEYS)]
+    digests: Keys
+
+
 class Ask(Struct, frozen=True, tag=9, forbid_unknown_fields=True):
     """How are you?"""
 
@@ -107,8 +124,8 @@ class Refused(Struct, frozen=True, tag=11, forbid_unknown_fields=True):
     reason: Annotated[str, Meta(max_length=1024)]
 
 
-Message = Hello | Challenge | Proof | Has | Mask | Get | Put | Done | Ask | Answer | Refused
-Request = Has | Get | Put | Ask
+Message = Hello | Challenge | Proof | Has | Mask | Get | Put | Done | Ask | Answer | Refused | Borrow | Lent
+Request = Has | Get | Put | Ask | Borrow
 Wanted = TypeVar("Wanted", bound=Message)
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

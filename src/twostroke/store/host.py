@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import PoolMemory
+from twostroke.messages import PoolAddress
 from twostroke.store.direct import copy
 from twostroke.store.eviction import Policy, S3Fifo
 from twostroke.store.format import Sealed
@@ -21,7 +22,7 @@ class _Arena:
         self.slot_bytes = slot_bytes
         self._slots = slots
         self._memory: PoolMemory | None = None
-        self._digests: list[bytes] = [b""] * slots
+        self.digests: list[bytes] = [b""] * slots
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
@@ -38,12 +39,12 @@ class _Arena:
 
     def read(self, slot: int, key: BlockKey) -> Sealed:
         """See ``Medium.read``."""
-        return Sealed(self._view(slot), self._digests[slot])
+        return Sealed(self._view(slot), self.digests[slot])
 
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """See ``Medium.write``."""
         copy(self._view(slot), block.payload)
-        self._digests[slot] = block.digest
+        self.digests[slot] = block.digest
 
     def commit(self, slots: Sequence[int]) -> None:
         """See ``Medium.commit``."""
@@ -57,19 +58,48 @@ class _Arena:
             self._memory.close()
             self._memory = None
 
+    @property
+    def address(self) -> PoolAddress:
+        """Where others on this machine find the slots."""
+        assert self._memory is not None, "it is open"
+        return self._memory.address
+
     def _view(self, slot: int) -> memoryview:
         assert self._memory is not None, "it is open"
         view: memoryview = self._memory.slots[slot].data
         return view
 
 
-def host_tier(block_bytes: int, capacity: int, policy: Callable[[], Policy] = S3Fifo) -> SlotTier:
-    """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
+class Loan:
+    """Blocks of the arena that stay where they are until ``release``."""
 
-    Raises:
-        MemoryTooSmall: it would not hold one block.
-    """
-    slots = capacity // block_bytes
-    if slots < 1:
-        raise MemoryTooSmall(f"a host tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
-    return SlotTier("host", _Arena(slots, block_bytes), policy, capacity=capacity, threads=_THREADS)
+    def __init__(self, tier: "HostTier", keys: Sequence[BlockKey]) -> None:
+        self._shelf = tier._shelf
+        self._keys = keys
+        self.slots = self._shelf.pin(keys)
+        self.digests = b"".join(tier.arena.digests[slot] for slot in self.slots)
+
+    def release(self) -> None:
+        """They may be evicted."""
+        for key, slot in zip(self._keys, self.slots, strict=False):
+            self._shelf.unpin(key, slot)
+
+
+class HostTier(SlotTier):
+    """See ``SlotTier``. Processes of the same user on this machine can map its arena, as they can a worker's pool."""
+
+    def __init__(self, block_bytes: int, capacity: int, policy: Callable[[], Policy] = S3Fifo) -> None:
+        """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
+
+        Raises:
+            MemoryTooSmall: it would not hold one block.
+        """
+        slots = capacity // block_bytes
+        if slots < 1:
+            raise MemoryTooSmall(f"a host tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
+        self.arena = _Arena(slots, block_bytes)
+        super().__init__("host", self.arena, policy, capacity=capacity, threads=_THREADS)
+
+    def lend(self, keys: Sequence[BlockKey]) -> Loan:
+        """Hold the longest prefix of these blocks that is here, for somebody who reads them by himself."""
+        return Loan(self, keys)

@@ -10,7 +10,7 @@ import uvloop
 from twostroke.api.server import bind
 from twostroke.config import StoreConfig, cluster_secret
 from twostroke.store.disk import disk_tier
-from twostroke.store.host import host_tier
+from twostroke.store.host import HostTier
 from twostroke.store.server import Server
 from twostroke.store.slots import SlotTier
 
@@ -22,9 +22,9 @@ def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
     """Makes the tiers of a layout: its share of memory and disk."""
 
     def make(fingerprint: str, block_bytes: int) -> list[SlotTier]:
-        made = []
+        made: list[SlotTier] = []
         if config.memory is not None:
-            made.append(host_tier(block_bytes, config.memory // config.layouts))
+            made.append(HostTier(block_bytes, config.memory // config.layouts))
         if config.disk is not None:
             made.append(
                 disk_tier(config.disk.path, block_bytes, fingerprint, config.disk.size // config.layouts, _OWNER)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from twostroke.errors import StartupError
 from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import host_id
 from twostroke.links.wire import Wire
 from twostroke.messages import TierReport
 from twostroke.store.format import Corrupt, Sealed, verify
@@ -27,12 +28,14 @@ from twostroke.store.frames import (
     NONCE,
     Answer,
     Ask,
+    Borrow,
     Challenge,
     Done,
     Get,
     Has,
     Hello,
     Kind,
+    Lent,
     Mask,
     Message,
     Proof,
@@ -49,6 +52,7 @@ from twostroke.store.frames import (
     prove,
     split,
 )
+from twostroke.store.host import HostTier
 from twostroke.store.service import BATCH_BYTES, PATIENCE, SLOWEST
 from twostroke.store.slots import SlotTier
 from twostroke.store.store import Hold, Store
@@ -118,6 +122,19 @@ class Shop:
             done += got
             if not got:
                 break
+
+    async def lend(self, keys: Sequence[BlockKey], host: str) -> tuple[Lent, Callable[[], None]] | None:
+        """Hold blocks in the first tier for a client on that host, until the second result is called. None if it cannot
+        map that tier's memory.
+        """
+        tier = self._tiers[0]
+        if host != host_id() or not isinstance(tier, HostTier) or not self.store.stages[0].in_service:
+            return None
+        fresh = list(takewhile(self._fresh, keys))
+        await self.store.stages[0].contains(fresh)  # they are used
+        loan = tier.lend(fresh)
+        self.store.stages[0].count("hits", len(loan.slots))
+        return Lent(tier.arena.address, loan.slots, loan.digests), loan.release
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """Store blocks; how many of them are here now. They sink from the first tier into the others."""
@@ -269,8 +286,25 @@ class Server:
                 blocks = _take(wire, shop.block_bytes, len(wanted))
                 stored = self._call(shop.put([wanted[index] for index in blocks], _Taken(list(blocks.values()))))
                 _send(wire, Done(stored + mask.count(False)))
+            case Borrow(keys, host):
+                self._lend(wire, shop, split(keys), host)
             case Ask():
                 _send(wire, Answer(self._call(_reports(shop))))
+
+    def _lend(self, wire: Wire, shop: Shop, keys: Sequence[BlockKey], host: str) -> None:
+        loan = self._call(shop.lend(keys, host))
+        if loan is None:
+            _send(wire, Lent(None, [], b""))
+            return
+        lent, release = loan
+        try:
+            _send(wire, lent)
+            if lent.slots:
+                seconds = PATIENCE + len(lent.slots) * shop.block_bytes / SLOWEST
+                parse_message(_body(wire, seconds), Done)
+                _send(wire, Done(len(lent.slots)))
+        finally:
+            self._loop.call_soon_threadsafe(release)
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """On the event loop."""

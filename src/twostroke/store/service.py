@@ -1,5 +1,8 @@
-"""A tier that is a cache service: the client's end. Each of a few threads has a connection of its own."""
+"""A tier that is a cache service: the client's end. Each of a few threads has a connection of its own. On the service's
+machine blocks are read out of its memory, which holds them meanwhile; elsewhere they come over the connection.
+"""
 
+import logging
 import os
 import socket
 import threading
@@ -7,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from twostroke.errors import HandoverFailed
 from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.wire import Wire
-from twostroke.messages import TierReport
+from twostroke.messages import PoolAddress, TierReport
 from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
@@ -19,12 +24,14 @@ from twostroke.store.frames import (
     NONCE,
     Answer,
     Ask,
+    Borrow,
     Challenge,
     Done,
     Get,
     Has,
     Hello,
     Kind,
+    Lent,
     Mask,
     Message,
     Proof,
@@ -40,6 +47,7 @@ from twostroke.store.frames import (
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
 
+log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 SLOWEST = 32 << 20  # bytes a second
 BATCH_BYTES = 8 << 20  # that the service holds for one ``Put``
@@ -53,6 +61,7 @@ class Session:
 
     def __init__(self, host: str, port: int, fingerprint: bytes, block_bytes: int, secret: str) -> None:
         """Connect. ``OSError`` if that fails, ``TierFailed`` if the service refuses."""
+        self.maps = True  # whether the service's memory can be mapped, as far as we know
         self._block_bytes = block_bytes
         self._buffer = aligned(block_bytes)[:block_bytes]
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -117,6 +126,9 @@ class ServiceTier:
         self._sessions: set[Session] = set()
         self._reports: list[TierReport] = []
         self._damaged = 0
+        self._memory: tuple[PoolAddress, Bytes] | None = None  # the service's, mapped
+        self._lock = threading.Lock()  # of that
+        self.mapped = 0  # blocks that were read out of it
 
     async def open(self) -> None:
         """See ``Tier.open``."""
@@ -176,10 +188,16 @@ class ServiceTier:
         for session in list(self._sessions):
             session.wire.abort()
             session.wire.close()
+        self._memory = None
 
     def _get(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
         """Indices of the blocks that came whole."""
-        came: set[int] = set()
+        came = self._borrow(session, keys, first, target) if session.maps else set()
+        lent = len(came)
+        keys = keys[lent:]
+        first += lent
+        if not keys:
+            return came
         session.say(Get(b"".join(keys)))
         for index, block in session.blocks():
             if not 0 <= index < len(keys):
@@ -192,6 +210,47 @@ class ServiceTier:
             if target.place(first + index, block):
                 came.add(first + index)
         return came
+
+    def _borrow(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
+        """Read the first blocks out of the service's memory, as many as are there."""
+        lent = session.ask(Borrow(b"".join(keys), host_id()), Lent)
+        if lent.pool is None:
+            session.maps = False
+        if lent.pool is None or not lent.slots:
+            return set()
+        if len(lent.slots) > len(keys) or len(lent.digests) != 16 * len(lent.slots):
+            raise TierFailed("the service lent other blocks")
+        memory = self._map(lent.pool)
+        came: set[int] = set()
+        for index, slot in enumerate(lent.slots if memory is not None else ()):
+            if memory is None or slot >= len(memory):
+                break
+            block = Sealed(memory[slot].data, lent.digests[16 * index : 16 * index + 16])
+            try:
+                placed = target.place(first + index, verify(block))
+            except Corrupt:
+                self._damaged += 1
+                break
+            if not placed:
+                break
+            came.add(first + index)
+        session.ask(Done(len(came)), Done)  # they were held all the time
+        if memory is None:
+            session.maps = False
+        self.mapped += len(came)
+        return came
+
+    def _map(self, pool: PoolAddress) -> Bytes | None:
+        """The service's memory; None if it cannot be mapped."""
+        with self._lock:
+            if self._memory is None or self._memory[0] != pool:
+                self._memory = None
+                try:
+                    if pool.block_bytes == self._block_bytes:
+                        self._memory = pool, map_peer(pool)
+                except HandoverFailed as error:
+                    log.info("the cache service's memory is not mapped: %s", error.message)
+            return self._memory[1] if self._memory is not None else None
 
     async def _run(self, work: Callable[[Session], Result]) -> Result:
         try:

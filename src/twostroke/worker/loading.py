@@ -34,7 +34,7 @@ from twostroke.links.tcp import TcpLink, TcpServer
 from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, PoolAddress, TcpEndpoint
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
-from twostroke.store.host import host_tier
+from twostroke.store.host import HostTier
 from twostroke.store.service import ServiceTier
 from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
 def _make_tier(config: TierConfig, layout: Layout, owner: str, secret: str) -> Tier:
     match config:
         case configs.HostTier(size):
-            return host_tier(layout.block_bytes, size)
+            return HostTier(layout.block_bytes, size)
         case configs.DiskTier(path, size):
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
         case configs.DirectoryTier(shared, limit):
