@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.e2e.conftest import FLOAT32, ROLES, Reference
-from tests.e2e.system import Process, client, generate, launch, post, restart
+from tests.e2e.system import Process, client, generate, launch, post
 from tests.store.test_service import free_port, process
 
 TOKENS = 8
@@ -74,8 +74,7 @@ async def test_a_worker_that_is_killed_finds_its_blocks_again(tmp_path: Path, re
             await system.idle(session)
 
             worker.kill()
-            arguments = ["serve", "--name", "w", "--threads", "1", *SMALL, *store]
-            worker = system.workers["w"] = restart(tmp_path, worker, arguments)
+            worker = system.workers["w"] = worker.again()
             async with asyncio.timeout(120):
                 while (await status(session, f"{worker.url}/ready")) != 200:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.2)
@@ -129,10 +128,10 @@ async def test_decoding_goes_on_while_the_worker_that_shares_the_directory_is_st
             await settled(session, a, "blocks dir", len(asked[0]) // 16)
             writing = asyncio.create_task(generate(session, a.url, asked[1], TOKENS))
             await asyncio.sleep(0.3)
-            a.popen.send_signal(signal.SIGSTOP)
+            a.signal(signal.SIGSTOP)
             await ask(session, b.url, reference, asked[:2])
             assert (await metrics(session, b))["hits dir"] >= len(asked[0]) // 16 - 1
-            a.popen.send_signal(signal.SIGCONT)
+            a.signal(signal.SIGCONT)
             assert await writing == reference.generate(asked[1], TOKENS)
             await system.idle(session)
 

@@ -20,6 +20,7 @@ from tests.simulation.network import Network
 from twostroke.api.server import build_app
 from twostroke.config import RouterConfig, Schedule, WorkerConfig
 from twostroke.kv.pool import Pool
+from twostroke.links.staging import Staging
 from twostroke.messages import ModelCard
 from twostroke.router.router import Router
 from twostroke.tokenizer import Tokenizer
@@ -46,6 +47,10 @@ class Silent:
 @cache
 def _tokenizer() -> Tokenizer:
     return Tokenizer.of_bytes()
+
+
+def _no_staging() -> Staging:
+    raise AssertionError("without a store, nobody asks for it")
 
 
 @dataclass
@@ -119,7 +124,7 @@ class World:
         offer = address(instance, slots)
         link = SimLink(memory, self.pools, self)
         card = ModelCard("simulated", VOCAB, slots * LAYOUT.block_tokens, frozenset(), 0)
-        worker._loaded = Loaded(card, _tokenizer(), engine, None, (link,), (), (offer,))  # type: ignore[arg-type]
+        worker._loaded = Loaded(card, _tokenizer(), engine, None, (link,), (), (offer,), _no_staging, ())  # type: ignore[arg-type]
         worker._session = self.network.session(node)  # type: ignore[assignment]
         worker.producer = Producer(
             engine,

@@ -2,7 +2,8 @@
 
 The worker stamps (with these details where it knows them; numbers are counts unless said otherwise):
 
-=================  ==============================================================================received           ``prompt_tokens``
+=================  =====================================================================================
+received           ``prompt_tokens``
 admitted           the queue time ends
 readmitted         it was preempted, and holds slots again
 prefill_started    ``cached_tokens``: of the prompt, not to be computed
@@ -17,7 +18,7 @@ fallback           ``reason``: the hand-over failed; the rest is computed here
 finished           ``reason``, ``output_tokens``
 aborted, failed    ``reason``
 release_failed     ``reason``: the producer's lease was left to expire
-=================  ==============================================================================
+=================  =====================================================================================
 No stamp carries text of a prompt or an answer.
 """
 
