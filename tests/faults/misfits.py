@@ -48,17 +48,17 @@ async def _judged(stage: Stage, pid: int) -> Json:
             await asyncio.sleep(0.05)
 
 
-@row("mismatched dtype", _PROMISE, "shm", pending=True)
+@row("mismatched dtype", _PROMISE, "shm")
 async def other_dtype(stage: Stage) -> None:
     await _misfit(stage, {"--dtype": "bfloat16"}, "bfloat16", "float32")
 
 
-@row("mismatched block size", _PROMISE, "shm", pending=True)
+@row("mismatched block size", _PROMISE, "shm")
 async def other_block_size(stage: Stage) -> None:
     await _misfit(stage, {"--block-size": "8"}, "8", "16")
 
 
-@row("mismatched model", _PROMISE, "shm", pending=True)
+@row("mismatched model", _PROMISE, "shm")
 async def other_model(stage: Stage) -> None:
     """Of the same shape, with other weights."""
     fitting = stage.fleet.workers[MISFIT]

@@ -14,6 +14,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--everywhere", action="store_true", help="also connections to the router go silent")
     given = parser.parse_args()
+    sys.unraisablehook = lambda _: None  # nobody reads how dead processes are finalized
     start, broken = time.perf_counter(), 0
     for seed in range(given.seed, given.seed + given.count):
         outcome = simulate(seed, everywhere=given.everywhere, verbose=given.count == 1)

@@ -95,7 +95,8 @@ class Loop(asyncio.BaseEventLoop):
             tasks.clear()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of coroutines that never began
-                gc.collect()
+                while gc.collect():  # what is finalized lets go of more
+                    pass
         finally:
             asyncio._set_running_loop(None)
         self.close()

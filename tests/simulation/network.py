@@ -223,6 +223,18 @@ class Exchange:
             connection.cut()
 
 
+class Upstream:
+    """The router's ``Upstream`` of one node."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def post(self, base: str, target: str, headers: dict[str, str], body: bytes) -> Exchange:
+        return self._session.post(base + target, headers=headers, data=body)
+
+    def close(self) -> None: ...
+
+
 class Reply:
     """What the code uses of ``aiohttp.ClientResponse``."""
 
@@ -260,6 +272,19 @@ class Reply:
         if message is None:
             raise aiohttp.ClientPayloadError("the connection broke")
         return message
+
+    @property
+    def streams(self) -> bool:
+        return self.content_type == "text/event-stream"
+
+    async def piece(self) -> bytes:
+        """The next bytes; empty at the end."""
+        while not self._done:
+            message = await self._next()
+            self._done = not message.get("more_body", False)
+            if body := message.get("body"):
+                return bytes(body)
+        return b""
 
     async def iter_any(self) -> AsyncIterator[bytes]:
         while not self._done:

@@ -13,10 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 import aiohttp
+import msgspec
 
 from tests.simulation.clock import Dice, Loop, Node, Stuck
 from tests.simulation.model import LAYOUT, VOCAB, SimEngine, SimLink, SimModel, address, answer
-from tests.simulation.network import Network
+from tests.simulation.network import Network, Upstream
 from twostroke.api.server import build_app
 from twostroke.config import RouterConfig, Schedule, WorkerConfig
 from twostroke.kv.pool import Pool
@@ -42,6 +43,7 @@ class Silent:
     def stamp(self, _id: str, _event: str, **_detail: object) -> None: ...
     def tokens(self, _id: str, _count: int) -> None: ...
     def watch(self, _gauges: object) -> None: ...
+    def collect(self, _collector: object) -> None: ...
 
 
 @cache
@@ -117,7 +119,7 @@ class World:
         """A new process at its address."""
         self._starts += 1
         node, slots = Node(name), self.slots[name]
-        worker = Worker(CONFIG, f"http://{name}", "")
+        worker = Worker(msgspec.structs.replace(CONFIG, name=name), f"http://{name}", "")
         worker._instance = instance = f"{name}.{self._starts}"
         memory = [[self.dice.random.getrandbits(60) for _ in range(LAYOUT.block_tokens)] for _ in range(slots)]
         engine = SimEngine(SimModel(memory), Pool(slots), self.dice, self.step_seconds)
@@ -148,9 +150,11 @@ class World:
         prefill, decode = (tuple(f"http://{name}" for name in names) for names in (self.prefill, self.decode))
         schedule: Schedule = self.dice.random.choice(("concurrent", "concurrent", "serial"))
         config = RouterConfig(prefill, decode, schedule=schedule)
-        router = Router(config, self.network.session(node), secret="")  # type: ignore[arg-type]
+        session = self.network.session(node)
+        with patch("twostroke.router.relay.Upstream", lambda: Upstream(session)):
+            router = Router(config, session, secret="")  # type: ignore[arg-type]
         self.network.nodes["router"] = node, router.app
-        node.run(router.registry.watch())
+        node.run(router.watch())
         self.say(f"start router, {config.schedule}")
 
     # -- clients -------------------------------------------------------------------------------------------------
