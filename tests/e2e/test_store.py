@@ -8,7 +8,7 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.e2e.conftest import FLOAT32, ROLES, Reference
+from tests.e2e.conftest import FLOAT32, HAND_OVER, ROLES, Reference
 from tests.e2e.system import Process, client, generate, launch, post
 from tests.store.test_service import free_port, process
 
@@ -19,8 +19,8 @@ PATIENCE = 20.0
 
 def prompts(reference: Reference) -> list[tuple[int, ...]]:
     """Three of about 500 tokens."""
-    laws = reference.prompts()[-2]
-    return [reference.prompts()[18], laws[:500], laws[600:1100]]
+    laws = reference.prompts()[-1]
+    return [reference.prompts()[18], laws[1200:1700], laws[2000:2500]]
 
 
 async def metrics(session: aiohttp.ClientSession, worker: Process) -> dict[str, float]:
@@ -138,10 +138,13 @@ async def test_decoding_goes_on_while_the_worker_that_shares_the_directory_is_st
 
 async def test_prefill_and_decode_meet_only_in_the_store(tmp_path: Path, reference: Reference) -> None:
     """``--link store`` over a cache service, also when P is killed in the middle of a prompt, and then the service."""
-    prompt, other = reference.prompts()[-2][:1000], reference.prompts()[18]
+    prompt, other = reference.prompts()[-1][:1000], reference.prompts()[18]
     port = free_port()
     engine = [*FLOAT32, "--chunk-size", "128", "--store", f"service:127.0.0.1:{port}", "--link", "store"]
-    with process(tmp_path / "kv", port, "64MiB", "256MiB") as service, launch(tmp_path, ROLES, engine=engine) as system:
+    with (
+        process(tmp_path / "kv", port, "64MiB", "256MiB") as service,
+        launch(tmp_path, ROLES, engine=engine, router=HAND_OVER) as system,
+    ):
         async with client() as session:
             await ask(session, system.url, reference, [prompt[:500]])
             d = system.workers["decode-0"]
