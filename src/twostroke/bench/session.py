@@ -173,7 +173,7 @@ def table(runs: Sequence[Result]) -> Table:
         good = "" if one.attained is None else f"{100 * one.attained:.0f} %"
         shown.add_row(
             one.point.scheme, one.point.mode, one.point.workload, f"{one.point.rate:g}", str(one.completed),
-            str(one.failed), *(_ms(value) for value in (ttft.p50, ttft.p99, tpot.p50, tpot.p99)),
+            str(one.failed), *(_ms(value).removesuffix(" ms") for value in (ttft.p50, ttft.p99, tpot.p50, tpot.p99)),
             f"{one.total_token_throughput:.0f}", good,
         )  # fmt: skip
     return shown
