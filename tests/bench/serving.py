@@ -28,6 +28,9 @@ class Server:
         self.url = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "GET":  # somebody asks for timelines
+            await reply(send, b"", 404)
+            return
         body = await read_body(scope, receive, 1 << 24)
         async with self.arrived:
             self.paths.append(scope["path"])

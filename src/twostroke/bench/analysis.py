@@ -13,6 +13,7 @@ from twostroke.bench.results import Result, Stamp, Stats
 PHASES = ("to the worker", "queue", "load from a tier", "prefill", "first token's way", "hand-over, exposed", "decode")
 HIDDEN = "hand-over, hidden"  # behind prefill: no part of the sum
 _RESAMPLES = 1000
+_ORDER = {"pd": 0, "prefill-only": 1, "decode-only": 2}
 _BUSY = 0.8  # share of the time from which a worker is said to be the limit
 
 
@@ -41,6 +42,11 @@ class Group(Struct):
         """Prompt tokens: as the workload says, or their mean."""
         first = self.runs[0]
         return first.point.length or first.total_input_tokens / max(1, first.completed)
+
+    @property
+    def place(self) -> tuple[int, str, float, float]:
+        """Where it stands among others: whole requests first, then by length and rate."""
+        return _ORDER.get(self.key.mode, len(_ORDER)), self.key.mode, self.length, self.key.rate
 
     @property
     def failed(self) -> int:
@@ -83,7 +89,7 @@ def groups(runs: Iterable[Result]) -> list[Group]:
 
     counted = sorted((run for run in runs if not run.error and run.completed), key=key)
     made = [Group(one, list(some)) for one, some in groupby(counted, key)]
-    return sorted(made, key=lambda group: (group.key.mode, group.length, group.key.rate))
+    return sorted(made, key=lambda group: group.place)
 
 
 class Way(Struct):
@@ -149,11 +155,15 @@ def shares(run: Result) -> dict[str, float]:
 
 
 def busy(run: Result, begin: str, end: str) -> dict[str, float]:
-    """Share of a run's time that each worker had a request between two events, by worker."""
+    """Share of a run's time that each worker had a request between two events, by worker. A producer that is done with
+    its part of a request has not finished it.
+    """
     spans: dict[str, list[tuple[float, float]]] = {}
     for record in run.good:
         begun: dict[str, float] = {}
-        for worker, event, time, _ in run.timelines.get(record.id, []):
+        for worker, event, time, detail in run.timelines.get(record.id, []):
+            if detail.get("reason") == "handover":
+                continue
             if event == begin:
                 begun.setdefault(worker, record.start + time)
             elif event == end and worker in begun:
@@ -180,12 +190,12 @@ def verdict(run: Result) -> str:
     decoding = busy(run, "first_token", "finished")
     fallbacks = sum(stamp[1] == "fallback" for stamps in run.timelines.values() for stamp in stamps)
     said = [f"{most} takes {_percent(part[most])} of a request's time"]
-    limit = max(prefilling.values(), default=0.0)
+    limit, decodes = max(prefilling.values(), default=0.0), max(decoding.values(), default=0.0)
     if limit >= _BUSY and part["queue"] + part["prefill"] > part["decode"]:
         names = " and ".join(f"{worker} {_percent(share)}" for worker, share in prefilling.items())
         cure = "add prefill workers" if len(decoding) and set(prefilling) != set(decoding) else "add workers"
         said.append(f"prefill computes {names} of the time: {cure}, or send less at once")
-    elif most == "decode":
+    elif most == "decode" and decodes >= _BUSY:
         names = " and ".join(f"{worker} {_percent(share)}" for worker, share in decoding.items())
         said.append(f"decoding keeps busy {names} of the time: add decode workers, or answer fewer requests at once")
     elif most == "hand-over, exposed":
@@ -194,11 +204,10 @@ def verdict(run: Result) -> str:
         said.append("KV comes from a tier more slowly than requests: a faster tier, or more host memory, would help")
     elif limit < _BUSY:
         said.append(f"no worker is busy all the time (prefill at most {_percent(limit)}): it could take more")
-    if (exposed := part["hand-over, exposed"]) > 0 or HIDDEN in part:
-        hidden = sum(one.hidden for _, one in ways(run))
-        moved = hidden + exposed * sum(sum(one.phases.values()) for _, one in ways(run))
-        if moved:
-            said.append(f"of the hand-over {_percent(hidden / moved)} is hidden behind prefill")
+    known = [one for _, one in ways(run)]
+    hidden, exposed = sum(one.hidden for one in known), sum(one.phases["hand-over, exposed"] for one in known)
+    if hidden + exposed:
+        said.append(f"of the hand-over {_percent(hidden / (hidden + exposed))} is hidden behind prefill")
     if fallbacks:
         said.append(f"{fallbacks} hand-overs failed and were computed again")
     return "; ".join(said)

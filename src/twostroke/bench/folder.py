@@ -58,7 +58,7 @@ class Folder:
             self._runs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StartupError(f"cannot make {self._runs}: {error.strerror}") from error
-        results.write(file, msgspec.json.format(msgspec.json.encode(metadata), indent=1) + b"\n")
+        results.write(file, msgspec.json.format(msgspec.json.encode(plain(metadata)), indent=1) + b"\n")
 
     def read(self, point: Point) -> Result | None:
         """The result of a run, if it is there and counts."""
@@ -83,6 +83,11 @@ class Folder:
         return self._runs / f"{point.name}.json"
 
 
+def plain(metadata: Metadata) -> Any:  # noqa: ANN401 - any JSON
+    """Metadata as JSON takes it."""
+    return results.jsonable(msgspec.to_builtins(metadata))
+
+
 def read_metadata(path: Path) -> Metadata:
     """Metadata of a result folder.
 
@@ -91,7 +96,7 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / METADATA
     try:
-        metadata = msgspec.json.decode(file.read_bytes(), type=Metadata)
+        metadata = msgspec.json.decode(file.read_bytes(), type=Metadata, strict=False)
     except (OSError, msgspec.MsgspecError) as error:
         raise StartupError(f"{file} cannot be read: {error}") from error
     if metadata.version != results.VERSION:

@@ -134,7 +134,8 @@ _STYLE = """
   :root { --ink: #e4e9ef; --soft: #9aa6b4; --line: #333d49; --paper: #14191f; --card: #1b222a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px; display: grid; grid-template-columns: 1fr 1fr; gap: 0 20px; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px; display: grid; grid-template-columns: 1fr 1fr; gap: 0 20px;
+  grid-auto-flow: row dense; }
 main > * { grid-column: 1 / -1; min-width: 0; }
 main > figure { grid-column: span 1; } main > figure.full { grid-column: 1 / -1; }
 h1 { margin: 0 0 4px; font-size: 26px; } h2 { margin: 28px 0 6px; font-size: 19px; } p { margin: 4px 0; }
@@ -170,7 +171,8 @@ function themed(layout, light) {
   const [ink, line] = light ? ["#000", "#ccc"] : ["--ink", "--line"].map(name => style.getPropertyValue(name).trim());
   const copy = structuredClone(layout);
   Object.assign(copy, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 },
-    margin: { l: 60, r: 16, t: 12, b: 44 }, legend: { orientation: "h", y: -0.22 }, hovermode: "closest" });
+    margin: { l: 60, r: 16, t: 12, b: 44 }, hovermode: "closest",
+    legend: { orientation: "h", y: -0.22, traceorder: "normal" } });
   const lines = { gridcolor: line, zerolinecolor: line, linecolor: line };
   for (const axis of [copy.xaxis, copy.yaxis]) Object.assign(axis, lines);
   return copy;
@@ -183,7 +185,7 @@ function themed(layout, light) {
   document.head.append(script);
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const draw = light => Promise.all(figures.map((figure, i) =>
-    Plotly.react("plot-" + i, figure.data, themed(figure.layout, light), { responsive: true, displaylogo: false })));
+    Plotly.react("plot-" + i, figure.data, themed(figure.layout, light), { responsive: true, displayModeBar: false })));
   await draw(false);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(false));
   addEventListener("beforeprint", () => draw(true));

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from twostroke.bench import analysis, png, results
 from twostroke.bench.analysis import Group
 from twostroke.bench.charts import charts, limits, ratios
-from twostroke.bench.folder import METADATA, Metadata, read_metadata
+from twostroke.bench.folder import METADATA, Metadata, plain, read_metadata
 from twostroke.bench.html import Page
 from twostroke.bench.results import Result
 from twostroke.errors import StartupError
@@ -34,6 +34,8 @@ def write_report(folders: Sequence[Path], where: Path, base: str | None) -> Iter
     if not found:
         raise StartupError("no run has completed a request: there is nothing to report")
     schemes = list(dict.fromkeys(run.point.scheme for run in runs))
+    found.sort(key=lambda group: schemes.index(group.key.scheme))  # stable: within a mode and length, as they were run
+    found.sort(key=lambda group: group.place)
     if base is not None and base not in schemes:
         raise StartupError(f"there is no scheme {base!r}; there are {', '.join(schemes)}")
     colours = {scheme: PALETTE[i % len(PALETTE)] for i, scheme in enumerate(schemes)}
@@ -53,7 +55,9 @@ def write_report(folders: Sequence[Path], where: Path, base: str | None) -> Iter
     _run_table(page, found)
     _failures(page, runs)
     for folder, one in metadata.items():
-        page.details(f"Settings and machine of {folder.name}", msgspec.json.format(msgspec.json.encode(one)).decode())
+        page.details(
+            f"Settings and machine of {folder.name}", msgspec.json.format(msgspec.json.encode(plain(one))).decode()
+        )
     results.write(where / REPORT, page.write(get_plotlyjs()))
     yield where / REPORT
 
@@ -61,6 +65,9 @@ def write_report(folders: Sequence[Path], where: Path, base: str | None) -> Iter
 def _named(folder: Path, several: bool) -> list[Result]:
     """A folder's runs, whose schemes are called after it where there are several folders."""
     runs = results.read_folder(folder)
+    if (folder / METADATA).is_file():
+        order = list(read_metadata(folder).schemes)
+        runs.sort(key=lambda run: order.index(run.point.scheme) if run.point.scheme in order else len(order))
     if not several:
         return runs
     return [replace(run, point=replace(run.point, scheme=f"{folder.stem}: {run.point.scheme}")) for run in runs]

@@ -1,5 +1,6 @@
 """A run's figures, named as ``vllm bench serve --save-result`` names them, and the files they are kept in."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -155,7 +156,7 @@ def to_json(result: Result) -> bytes:
         "start_times": [r.start for r in records],
         "errors": [r.error for r in records],
     }
-    return msgspec.json.encode(_rounded({**plain, **flat, **lists, "twostroke": {"version": VERSION, **own}})) + b"\n"
+    return msgspec.json.encode(jsonable({**plain, **flat, **lists, "twostroke": {"version": VERSION, **own}})) + b"\n"
 
 
 class _Own(Struct):
@@ -205,7 +206,7 @@ def from_json(data: bytes, origin: str) -> Result:
         fields: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
         if "time_to_first_token" in fields:
             return _of_aiperf(fields, origin)
-        file = msgspec.convert(fields, _File)
+        file = msgspec.convert(fields, _File, strict=False)
         stats: dict[str, Stats] = {metric: _stats(fields, metric) for metric in METRICS}
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StartupError(f"{origin} is no benchmark result: {error}") from error
@@ -300,10 +301,12 @@ def _of_aiperf(fields: Mapping[str, Any], origin: str) -> Result:
     )  # fmt: skip
 
 
-def _rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Floats to a nanosecond: more digits are noise, and fill disks."""
+def jsonable(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    """Floats to a nanosecond: more digits are noise, and fill disks. Infinity, which JSON lacks, as "inf", which is
+    also how ``vllm bench`` writes it; whoever reads must not be strict.
+    """
     if isinstance(value, float):
-        return round(value, 9)
+        return "inf" if math.isinf(value) else round(value, 9)
     if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: jsonable(one) for name, one in value.items()}
+    return [jsonable(one) for one in value] if isinstance(value, list | tuple) else value
