@@ -96,7 +96,7 @@ class Result(Struct):
         """Share of all requests that met the goal; failed ones did not."""
         if self.request_goodput is None:
             return None
-        return self.request_goodput * self.duration / max(1, self.completed + self.failed)
+        return round(self.request_goodput * self.duration / max(1, self.completed + self.failed), 6)
 
 
 def meets(record: Record, goal: Mapping[str, float]) -> bool:

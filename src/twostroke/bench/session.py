@@ -93,9 +93,9 @@ async def _load(
     output: Path | None,
 ) -> int:
     key = _read(key_file).decode().strip() if key_file else None
+    workloads = Workloads(settings, vocab, _trace(settings))
     if asking.dialect != "generate" and asking.model is None:
         asking = replace(asking, model=await _first_model(url, key))
-    workloads = Workloads(settings, vocab, _trace(settings))
     (name,) = workloads.names
     point = Point(label or urlsplit(url).netloc.replace(":", "-"), "pd", name, settings.grid.request_rate)
     items = workloads.items(point)
@@ -113,7 +113,7 @@ async def _load(
     for error in sorted({record.error for record in result.records if record.error})[:5]:
         console.print(f"failed: {error}", style="red", markup=False)
     if result.generator is not None:
-        console.print(generator_line(result))
+        console.print(generator_line(result), soft_wrap=True)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         results.write(output, results.to_json(result))
@@ -128,6 +128,8 @@ def report(folders: Sequence[Path], base: str | None, output: Path | None) -> in
     """
     console = Console(highlight=False)
     where = output or (folders[0] if folders[0].is_dir() else None)
+    if missing := [folder for folder in folders if not folder.exists()]:
+        raise StartupError(f"there is no {missing[0]}")
     if where is None:
         raise StartupError("say with --output where to write the report")
     from twostroke.bench.report import write_report
