@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def draw(chart: Chart, colours: Mapping[str, str], palette: tuple[str, ...]) -> bytes:
     """A chart as a PNG. ``colours`` is by scheme, ``palette`` for series of no scheme."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     rows = len(chart.series[0].y) if chart.kind == "stack" else 0
     figure = Figure(figsize=(8, max(4.0, 1.6 + 0.42 * rows)), dpi=110, layout="constrained")
@@ -28,10 +29,13 @@ def draw(chart: Chart, colours: Mapping[str, str], palette: tuple[str, ...]) -> 
         axes.set_xscale("log")
     if "y" in chart.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     if chart.kind == "lines" and "x" in chart.log:
         ticks = sorted({float(x) for series in chart.series for x in series.x})
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     axes.title.set_fontsize(11)
     axes.grid(alpha=0.25)

@@ -52,7 +52,7 @@ class Chat(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 REFERENCE = Grid()
-QUICK = Grid(input_lens=(100, 500, 1000, 2000), num_prompts=8, request_rate=4.0)
+QUICK = Grid(input_lens=(100, 500, 1000), num_prompts=8, request_rate=4.0)
 
 
 def derive(seed: int, *parts: object) -> int:
