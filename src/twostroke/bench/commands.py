@@ -38,7 +38,7 @@ def run(
     warm: bool = False,
     goodput: Words = (),
     rate_sweep: bool = False,
-    up: str = "",
+    up: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     timeout: float = 600.0,
     unavailable: Literal["skip", "refuse"] = "skip",
 ) -> int:
