@@ -17,7 +17,8 @@ def scratches() -> set[str]:
 
 
 async def test_a_scheme_that_cannot_start_says_its_last_words(tmp_path: Path) -> None:
-    before, lines = scratches(), []
+    before = scratches()
+    lines: list[str] = []
     scheme = Scheme("--colocated 1")
 
     def line(scratch: str, port: int) -> list[str]:

@@ -35,7 +35,7 @@ def run(
     trace: Path | None = None,
     trace_scale: float = 1.0,
     repeat: int = 1,
-    warm: bool = False,
+    cold: Annotated[bool, Parameter(negative="--warm")] = True,
     goodput: Words = (),
     rate_sweep: bool = False,
     up: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
@@ -76,8 +76,8 @@ def run(
         Shortens its prompts and answers.
     repeat
         Times, the schemes in turn.
-    warm
-        Send every prompt once before, unmeasured.
+    cold
+        Each run finds caches without its prompts; or every prompt was sent once before.
     goodput
         Limits in ms that a good request meets: ttft:2000 tpot:40.
     rate_sweep
@@ -121,7 +121,7 @@ def run(
         trace=str(trace.resolve()) if trace else None,
         trace_scale=trace_scale,
         repeats=repeat,
-        cold=not warm,
+        cold=cold,
         goal=goal,
         sweep=rate_sweep,
         up=up,

@@ -26,6 +26,7 @@ def write_report(folders: Sequence[Path], where: Path, base: str | None) -> Iter
         StartupError: there is nothing to report, the base is unknown, or a library is missing.
     """
     try:
+        import matplotlib.figure  # noqa: F401
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise StartupError(f"reports need Plotly and Matplotlib: {INSTALL}") from error

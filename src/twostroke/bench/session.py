@@ -1,6 +1,7 @@
 """The verbs of ``twostroke bench`` as a person runs them: what is printed, what is asked, what is written."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,6 +45,9 @@ def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Pat
     directory = models.resolve(settings.model, console.print, "dummy" if load_format == "dummy" else "auto")
     facts = read_model(directory, models.default_name(settings.model))
     workloads = Workloads(settings, facts.vocab, _trace(settings))
+    can_report = find_spec("plotly") is not None and find_spec("matplotlib") is not None
+    if not can_report:
+        console.print("there will be no report: it needs pip install 'twostroke[bench]'", markup=False, style="yellow")
     prepared = prepare(settings, chosen, workloads, facts, machine(), explain)
     for what, why in prepared.skipped.items():
         console.print(f"cannot run here: {what}: {why}", markup=False, style="yellow", soft_wrap=True)
@@ -64,7 +68,8 @@ def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Pat
     for point in missing:
         console.print(f"failed: {point.name}", style="red", markup=False)
     console.print(table(results.read_folder(output)))
-    report([output], None, None)
+    if can_report:
+        report([output], None, None)
     return 1 if missing else 0
 
 
