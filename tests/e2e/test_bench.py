@@ -53,16 +53,18 @@ def test_a_worker_dies_then_ctrl_c_then_the_rest(tiny_model: Callable[[str], Pat
     first = (output / "runs" / "single.pd.20.rate-3.0.json").read_bytes()
     assert len(json.loads(first)["twostroke"]["timelines"]) == 6
 
-    process = bench(model, output)
-    try:
-        read_until(process, "single: starting")
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert "Traceback" not in said
-    finally:
-        process.kill()
-    assert psutil.Process().children(recursive=True) == []
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = bench(model, output)
+        try:
+            read_until(process, "single: starting")
+            process.send_signal(number)
+            said, _ = process.communicate(timeout=60)
+            assert process.returncode == status
+            assert "Traceback" not in said
+        finally:
+            process.kill()
+        assert psutil.Process().children(recursive=True) == []
+        assert {name for name in temporary_files() - before if "twostroke" in name} == set()
 
     process = bench(model, output)
     said, _ = process.communicate(timeout=120)

@@ -1,5 +1,7 @@
 """The verbs of ``twostroke bench`` as a person runs them: what is printed, what is asked, what is written."""
 
+import asyncio
+import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,8 +64,11 @@ def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Pat
     bench = Bench(folder, settings, prepared, workloads, facts.vocab, bar)
     todo = bench.todo()
     console.print(f"{len(todo)} runs to do, {sum(map(len, prepared.points.values())) - len(todo)} are there already")
-    with bar.over(sum(map(bench.weight, todo))):
-        uvloop.run(bench.run())
+    try:
+        with bar.over(sum(map(bench.weight, todo))):
+            uvloop.run(_until_signal(bench))
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
     missing = bench.todo()
     for point in missing:
         console.print(f"failed: {point.name}", style="red", markup=False)
@@ -71,6 +76,14 @@ def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Pat
     if can_report:
         report([output], None, None)
     return 1 if missing else 0
+
+
+async def _until_signal(bench: Bench) -> None:
+    """SIGTERM ends it in order, as Ctrl-C does: the scheme is stopped, and its scratch directory removed."""
+    running = asyncio.current_task()
+    assert running is not None, "this is a coroutine"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    await bench.run()
 
 
 def load(
