@@ -53,7 +53,7 @@ def test_what_limits_a_scheme_is_said() -> None:
     assert "it could take more" in idle
     crowded = analysis.verdict(result("pd", stamps=pd_stamps(), duration=0.9))
     assert "prefill computes p 89 % of the time: add prefill workers" in crowded
-    assert "of the hand-over 87 % is hidden" in crowded
+    assert "the hand-over keeps a request waiting for 20.0 ms after prefill" in crowded
     same = analysis.verdict(result(stamps=colocated_stamps(), duration=1.0))
     assert "prefill computes w 100 % of the time: add workers" in same
     lost: list[Stamp] = [*pd_stamps(), ("d", "fallback", 0.2, {"reason": "gone"})]

@@ -11,7 +11,6 @@ from twostroke.bench.client import Record
 from twostroke.bench.results import Result, Stamp, Stats
 
 PHASES = ("to the worker", "queue", "load from a tier", "prefill", "first token's way", "hand-over, exposed", "decode")
-HIDDEN = "hand-over, hidden"  # behind prefill: no part of the sum
 _RESAMPLES = 1000
 _ORDER = {"pd": 0, "prefill-only": 1, "decode-only": 2}
 _BUSY = 0.8  # share of the time from which a worker is said to be the limit
@@ -93,7 +92,9 @@ def groups(runs: Iterable[Result]) -> list[Group]:
 
 
 class Way(Struct):
-    """Where the time of one request went, in seconds: ``phases`` add up to its E2EL, ``hidden`` went beside them."""
+    """Where the time of one request went, in seconds: ``phases`` add up to its E2EL. For ``hidden`` of prefill's time
+    the hand-over went on beside it.
+    """
 
     phases: dict[str, float]
     hidden: float = 0.0
@@ -117,7 +118,7 @@ def way(record: Record, stamps: Sequence[Stamp]) -> Way | None:
     for (worker, event), time in times.items():
         if event == "kv_complete" and (worker, "attached") in times:
             exposed = min(float(detail["kv_complete"].get("exposed_ms", 0)) / 1e3, record.e2el - record.ttft)
-            hidden = max(0.0, time - times[worker, "attached"] - exposed)
+            hidden = max(0.0, min(time, ended) - max(times[worker, "attached"], started))
     lengths = (
         max(0.0, received),
         max(0.0, started - max(received, 0.0) - load),
@@ -207,7 +208,7 @@ def verdict(run: Result) -> str:
     known = [one for _, one in ways(run)]
     hidden, exposed = sum(one.hidden for one in known), sum(one.phases["hand-over, exposed"] for one in known)
     if hidden + exposed:
-        said.append(f"of the hand-over {_percent(hidden / (hidden + exposed))} is hidden behind prefill")
+        said.append(f"the hand-over keeps a request waiting for {1e3 * exposed / len(known):.1f} ms after prefill")
     if fallbacks:
         said.append(f"{fallbacks} hand-overs failed and were computed again")
     return "; ".join(said)

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct
 
 from twostroke.bench import analysis
-from twostroke.bench.analysis import HIDDEN, PHASES, Group
+from twostroke.bench.analysis import PHASES, Group
 from twostroke.bench.results import Result
 
 Kind = Literal["lines", "steps", "bars", "stack", "points"]
@@ -143,12 +143,10 @@ def _waterfall(mode: str, found: Sequence[Group], shown: str) -> Chart:
     series = [Series(phase, list(rows), [1e3 * way.phases[phase] for way in ways]) for phase in PHASES]
     series = [one for one in series if any(value > 0 for value in one.y)]
     if any(way.hidden for way in ways):
-        hidden = [f"{1e3 * way.hidden:,.0f} ms of hand-over hidden" if way.hidden else "" for way in ways]
+        hidden = [f"hand-over beside prefill: {1e3 * way.hidden:,.0f} ms" if way.hidden else "" for way in ways]
         series[-1].text = hidden
     title = f"Where the time of the median and of the p99 request went: {shown}"
-    note = (
-        f"By time to the last token. “{HIDDEN}” ran beside prefill and is no part of the bar; the text says how long."
-    )
+    note = "Ranked by time to the last token. What of the hand-over went on beside prefill is no part of a bar."
     return Chart(f"{mode}-waterfall", title, "ms", "", "stack", series if rows else [], note=note)
 
 
