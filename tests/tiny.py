@@ -54,11 +54,10 @@ def reference(directory: Path, device: str = "cpu") -> Any:  # noqa: ANN401 - tr
 
 
 @cache
-def _generate(directory: Path, prompt: tuple[int, ...], count: int, device: str) -> list[int]:
+def _generate(directory: Path, prompt: tuple[int, ...], count: int, device: str, ends: bool) -> list[int]:
     network = reference(directory, device)
-    config = GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=network.generation_config.eos_token_id, pad_token_id=0
-    )
+    eos = network.generation_config.eos_token_id if ends else VOCAB  # no such token
+    config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=eos, pad_token_id=0)
     ids = torch.tensor([prompt], device=device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so little work is only slowed down by more
@@ -68,6 +67,8 @@ def _generate(directory: Path, prompt: tuple[int, ...], count: int, device: str)
     return tokens
 
 
-def generate(directory: Path, prompt: Seq[int], count: int, device: str = "cpu") -> list[int]:
-    """The greedy continuation by ``transformers``' own ``generate`` in float32; it ends with EOS, or ``count``."""
-    return _generate(directory, tuple(prompt), count, device)
+def generate(directory: Path, prompt: Seq[int], count: int, device: str = "cpu", *, ends: bool = True) -> list[int]:
+    """The greedy continuation by ``transformers``' own ``generate`` in float32; it ends with EOS if ``ends``, or
+    ``count``.
+    """
+    return _generate(directory, tuple(prompt), count, device, ends)

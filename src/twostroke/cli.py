@@ -1,4 +1,4 @@
-"""The command line: ``up``, ``serve``, ``router``, ``workers`` and ``chat``. Each verb fills a config and hands it on.
+"""The command line: ``up``, ``serve``, ``router``, ``store`` … Each verb fills a config and hands it on.
 
 What a process needs is imported when its verb is chosen, so that ``--help`` and the router never wait for torch.
 """
@@ -6,6 +6,7 @@ What a process needs is imported when its verb is chosen, so that ``--help`` and
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -62,6 +63,8 @@ class EngineOptions:
     "Most sequences in one engine step."
     threads: int | None = None
     "CPU threads of each worker. [default: all; up divides them]"
+    store: str | None = None
+    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
@@ -166,7 +169,9 @@ def up(
         on_loss=on_loss,
         link=link,
         link_devices=config.check_link_devices(link_device, link),
+        store=config.parse_store(options.store),
     )
+    config.check_link(settings.link, settings.store)
     return run(settings)
 
 
@@ -186,6 +191,7 @@ def serve(
     link_device: str | None = None,
     router: Urls = (),
     drain_timeout: float = 30.0,
+    lease_seconds: float = 30.0,
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -218,6 +224,8 @@ def serve(
         URLs of running routers to join.
     drain_timeout
         Seconds to finish in, once told to leave.
+    lease_seconds
+        Blocks that nobody fetches are kept for so long.
     insecure
         Listen beyond this machine without a secret.
     """
@@ -226,6 +234,8 @@ def serve(
     config.check_urls(router)
     if drain_timeout < 0:
         raise StartupError(f"--drain-timeout cannot be negative, such as {drain_timeout}")
+    if lease_seconds <= 0:
+        raise StartupError(f"--lease-seconds must be more than 0, not {lease_seconds}")
     settings = WorkerConfig(
         model=model,
         served_name=served_name,
@@ -237,10 +247,13 @@ def serve(
         engine=options.config(),
         max_queue=max_queue,
         link=link,
+        store=config.parse_store(options.store),
         link_devices=config.check_link_devices(link_device, link),
         routers=router,
         drain_timeout=drain_timeout,
+        lease_seconds=lease_seconds,
     )
+    config.check_link(settings.link, settings.store)
     from twostroke.worker.worker import run
 
     return run(settings)
@@ -403,7 +416,138 @@ def explain(arguments: Sequence[str]) -> dict[str, object]:
     except CycloptsError as error:
         raise StartupError(str(error)) from error
     options = bound.arguments.get("options", DEFAULT_OPTIONS)
+    config.parse_store(options.store)
     return {**bound.arguments, "engine": options.config()}
+
+
+@app.command
+def store(
+    *,
+    memory: str | None = None,
+    disk: str | None = None,
+    ttl: str | None = None,
+    layouts: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 8300,
+    insecure: bool = False,
+    parent_pid: ParentPid = None,
+) -> int:
+    """Run a cache service, for --store service:HOST:PORT. TWOSTROKE_SECRET must be the same on all of its workers.
+
+    Parameters
+    ----------
+    memory
+        Memory for KV blocks, such as 8GiB.
+    disk
+        Below that, files: PATH:SIZE.
+    ttl
+        Forget blocks that were not written again for so long: 90s, 30min, 1h. [default: keep them]
+    layouts
+        Most models whose blocks it keeps; they share memory and disk equally.
+    host
+        Address to listen on.
+    port
+        Port to listen on.
+    insecure
+        Listen beyond this machine without a secret.
+    """
+    _follow(parent_pid)
+    config.check_bind(host, config.cluster_secret(), insecure)
+    if layouts < 1:
+        raise StartupError(f"--layouts must be at least 1, not {layouts}")
+    settings = config.StoreConfig(
+        memory=None if memory is None else parse_size(memory),
+        disk=None if disk is None else config.parse_disk(disk),
+        ttl=None if ttl is None else config.parse_seconds(ttl),
+        layouts=layouts,
+        host=host,
+        port=_port(port),
+    )
+    if settings.memory is None and settings.disk is None:
+        raise StartupError("a cache service keeps blocks somewhere: give --memory 8GiB, --disk PATH:SIZE, or both")
+    from twostroke.store.process import run
+
+    return run(settings)
+
+
+kv = App(name="kv", help="Look at, check and clean what disk and directory tiers have left under PATH.")
+app.command(kv)
+
+
+@kv.command
+def stats(path: Path, /) -> int:
+    """What is there: blocks and bytes of each layout.
+
+    Parameters
+    ----------
+    path
+        As in --store disk:PATH:SIZE or dir:PATH.
+    """
+    from twostroke import kvs
+
+    return kvs.stats(path)
+
+
+@kv.command
+def ls(path: Path, /, *, limit: int = 50) -> int:
+    """List blocks, the youngest first.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    limit
+        Most blocks to list.
+    """
+    from twostroke import kvs
+
+    return kvs.ls(path, limit)
+
+
+@kv.command
+def verify(path: Path, /) -> int:
+    """Read every block and check it. The exit code is 1 if any is damaged; nothing is changed.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    """
+    from twostroke import kvs
+
+    return kvs.verify(path)
+
+
+@kv.command
+def gc(path: Path, /, *, keep: str | None = None) -> int:
+    """Remove what is damaged or unfinished. What running workers own is left alone.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    keep
+        In shared directories also the least recently used blocks, until each layout takes no more than this.
+    """
+    from twostroke import kvs
+
+    return kvs.gc(path, None if keep is None else parse_size(keep))
+
+
+@kv.command
+def clear(path: Path, /, *, fingerprint: str | None = None) -> int:
+    """Remove every block. What running workers own is left alone, and the exit code is 1 then.
+
+    Parameters
+    ----------
+    path
+        As in --store.
+    fingerprint
+        Only those of this layout.
+    """
+    from twostroke import kvs
+
+    return kvs.clear(path, fingerprint)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from twostroke.messages import Role
 Schedule = Literal["concurrent", "serial"]
 Policy = Literal["prefix-aware", "least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
-LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp"]
+LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp", "store"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
@@ -30,6 +30,59 @@ _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|[0-9a-f]*:[0-9a-f.]*:[0-9a-f:
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 _LINK_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+class HostTier(Struct, frozen=True, forbid_unknown_fields=True, tag="host"):
+    """KV blocks in this worker's host memory."""
+
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"host:{self.size}"
+
+
+class DiskTier(Struct, frozen=True, forbid_unknown_fields=True, tag="disk"):
+    """KV blocks in files of this worker's own under a path."""
+
+    path: Path
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"disk:{self.path}:{self.size}"
+
+
+class DirectoryTier(Struct, frozen=True, forbid_unknown_fields=True, tag="dir"):
+    """KV blocks in files under a path that many workers share."""
+
+    path: Path
+    size: int | None = None  # bytes; None is no limit
+
+    def __str__(self) -> str:
+        return f"dir:{self.path}" + (f":{self.size}" if self.size is not None else "")
+
+
+class ServiceTier(Struct, frozen=True, forbid_unknown_fields=True, tag="service"):
+    """KV blocks in a cache service."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"service:{self.host}:{self.port}"
+
+
+class ValkeyTier(Struct, frozen=True, forbid_unknown_fields=True, tag="valkey"):
+    """KV blocks in a Valkey or Redis server."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"valkey:{self.host}:{self.port}"
+
+
+TierConfig = HostTier | DiskTier | DirectoryTier | ServiceTier | ValkeyTier
+SHARED_TIERS = (DirectoryTier, ServiceTier, ValkeyTier)  # that other workers see, too
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,8 +113,9 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineConfig = EngineConfig()
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
     link_devices: tuple[str, ...] = ()  # network devices that NIXL may use, such as "mlx5_2"; none is all
+    store: tuple[TierConfig, ...] = ()  # the tiers below the pool, the fastest first
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
-    handover_timeout: float = 5.0  # silence from the producer after which the consumer computes for itself
+    handover_timeout: float = 2.5  # silence from the producer after which the consumer computes for itself
     progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
     attach_timeout: float = 5.0  # how long either end waits for the other to appear
     queue_timeout: float = 600.0  # a request that has no slots by then gets 429
@@ -109,6 +163,31 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     on_loss: OnLoss = "continue"
     link: LinkChoice = "auto"  # of each worker
     link_devices: tuple[str, ...] = ()  # of each worker
+    store: tuple[TierConfig, ...] = ()  # of each worker, too
+
+
+class StoreConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The cache service."""
+
+    memory: int | None = None  # bytes
+    disk: DiskTier | None = None
+    ttl: float | None = None  # seconds
+    layouts: int = 1  # of blocks, that is models, that share memory and disk equally
+    host: str = "127.0.0.1"
+    port: int = 8300
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of "90s", "30min", "1h" or "2d".
+
+    Raises:
+        StartupError: the text is no time, or not positive.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h|d)?", text.strip())
+    seconds = float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2] or "s"] if match else 0.0
+    if seconds <= 0:
+        raise StartupError(f"{text!r} is not a time; write for example 90s, 30min, 1h or 2d")
+    return seconds
 
 
 def check_pools(prefill: int, decode: int, colocated: int) -> None:
@@ -152,6 +231,70 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise StartupError(f"{text!r} is not a size in bytes; write for example 512MiB or 4GiB")
     return size
+
+
+def parse_store(text: str | None) -> tuple[TierConfig, ...]:
+    """The tiers of "host:8GiB,disk:/path:100GiB", in this order. None or "" is no store.
+
+    Raises:
+        StartupError: a tier is none, incomplete, or there twice.
+    """
+    tiers = tuple(_parse_tier(part.strip()) for part in text.split(",")) if text else ()
+    kinds = [str(tier).partition(":")[0] for tier in tiers]
+    if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
+        raise StartupError(f"--store has {', '.join(sorted(twice))} more than once")
+    return tiers
+
+
+def check_link(link: LinkChoice, store: Sequence[TierConfig]) -> None:
+    """Can blocks travel in this way?
+
+    Raises:
+        StartupError: not through this store.
+    """
+    if link == "store" and not any(isinstance(tier, SHARED_TIERS) for tier in store):
+        raise StartupError("--link store needs a tier that both ends share: add for example --store dir:/mnt/shared")
+
+
+def check_service(store: Sequence[TierConfig], secret: str) -> None:
+    """Will a cache service that runs apart from ``up`` let its workers in? Without a secret, ``up`` makes one up.
+
+    Raises:
+        StartupError: it will not.
+    """
+    if not secret and any(isinstance(tier, ServiceTier) for tier in store):
+        raise StartupError("--store service:… needs the service's secret: set TWOSTROKE_SECRET to the same for both")
+
+
+def parse_disk(text: str) -> DiskTier:
+    """PATH:SIZE.
+
+    Raises:
+        StartupError: it is not.
+    """
+    path, _, size = text.rpartition(":")
+    if not path:
+        raise StartupError(f"--disk {text!r} is not PATH:SIZE; write for example /var/cache/kv:100GiB")
+    return DiskTier(Path(path), parse_size(size))
+
+
+def _parse_tier(text: str) -> TierConfig:
+    kind, _, rest = text.partition(":")
+    path, _, size = rest.rpartition(":")
+    if kind == "host" and rest:
+        return HostTier(parse_size(rest))
+    if kind == "disk" and path:
+        return DiskTier(Path(path), parse_size(size))
+    if kind in ("service", "valkey") and path and size.isdecimal() and 0 < int(size) < 1 << 16:
+        return (ServiceTier if kind == "service" else ValkeyTier)(path.strip("[]"), int(size))
+    if kind == "dir" and rest:
+        return (
+            DirectoryTier(Path(path), parse_size(size)) if path and _SIZE.fullmatch(size) else DirectoryTier(Path(rest))
+        )
+    raise StartupError(
+        f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB, dir:/mnt/shared, "
+        "service:HOST:PORT or valkey:HOST:PORT"
+    )
 
 
 def check_device(text: str, *, auto: bool = True) -> str:
@@ -210,6 +353,11 @@ def quieten_ucx() -> None:
 def cluster_secret() -> str:
     """The secret that internal channels require (``TWOSTROKE_SECRET``); empty when none is set."""
     return os.environ.get("TWOSTROKE_SECRET", "")
+
+
+def valkey_password() -> str:
+    """Of the Valkey or Redis server (``TWOSTROKE_VALKEY_PASSWORD``); empty when it needs none."""
+    return os.environ.get("TWOSTROKE_VALKEY_PASSWORD", "")
 
 
 def child_environment(secret: str) -> dict[str, str]:

@@ -291,6 +291,28 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
     leased: int
 
 
+class TierReport(Struct, frozen=True):
+    """What became of a tier of a store so far. Numbers are blocks unless they say otherwise."""
+
+    name: str
+    in_service: bool
+    reason: str  # why it is out of service
+    capacity: int  # bytes it may use
+    used: int  # bytes
+    blocks: int
+    evictions: int
+    damaged: int  # that did not verify
+    hits: int = 0  # that it gave to requests
+    misses: int = 0  # of requests that it did not have
+    written: int = 0
+    dropped: int = 0  # not written: the queue was full, or they were gone before their turn
+    faults: int = 0  # calls that failed
+    read_bytes: int = 0
+    written_bytes: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+
 class WorkerInfo(Struct, frozen=True):
     """Reply of ``GET /internal/info``: the worker as its router sees it."""
 

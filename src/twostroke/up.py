@@ -88,6 +88,7 @@ def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
         "--max-model-len": engine.max_model_len,
         "--kv-memory": engine.kv_memory,
         "--chunk-size": engine.token_budget,
+        "--store": ",".join(map(str, config.store)) or None,
         "--link-device": ",".join(config.link_devices) or None,
     }
     return [
@@ -120,6 +121,7 @@ def run(config: UpConfig) -> int:
     """
     configs.check_pools(config.prefill, config.decode, config.colocated)
     configs.check_bind(config.host, configs.cluster_secret(), config.insecure)
+    configs.check_service(config.store, configs.cluster_secret())
     bind(config.host, config.port).close()  # a port in use is better told now than after a minute of loading
     console = Console(highlight=False)
     resolve(config.model, lambda line: console.print(escape(line)), config.engine.load_format)

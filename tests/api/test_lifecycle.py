@@ -98,7 +98,7 @@ def test_gauges_are_asked_at_each_scrape() -> None:
     now = Gauges(running=1, waiting=2)
     lifecycle.watch(lambda: now)
     assert samples(lifecycle)[("num_requests_running",)] == 1
-    now = Gauges(running=3, waiting=2, slots=Slots(10, 5, 3, 2))
+    now = Gauges(running=3, waiting=2, slots=Slots(10, 5, 3, 2), handovers=1, tasks=7)
     values = samples(lifecycle)
-    assert values[("num_requests_running",)] == 3
+    assert [values[(name,)] for name in ("num_requests_running", "handovers_open", "tasks")] == [3, 1, 7]
     assert [values[("slots", state)] for state in ("free", "cached", "leased")] == [5, 3, 2]

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,24 +23,90 @@ START_SECONDS = 120.0
 Json = Any
 
 
-@dataclass
-class Process:
-    """One ``twostroke`` process of a test."""
+# Processes are forked from one that has imported everything already. Nothing has run in it: no thread, no OpenMP.
+NURSERY = multiprocessing.get_context("forkserver")
+NURSERY.set_forkserver_preload(
+    ["twostroke.worker.worker", "twostroke.router.router", "transformers.models.llama.modeling_llama"]
+)
 
-    name: str
-    url: str
-    popen: "subprocess.Popen[bytes]"
-    log: Path
+
+def _main(arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+    """The command line, in a process of its own."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    os.close(out)
+    os.environ.clear()  # it is that of the first test
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # or tqdm's lock would leave a file in /dev/shm
+    from twostroke.cli import main
+
+    main(arguments)
+
+
+class Process:
+    """One ``twostroke`` process of a test, on a port of loopback."""
+
+    def __init__(self, name: str, port: int, arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self.name = name
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.arguments = arguments
+        self._environment = environment
+        self._process = NURSERY.Process(
+            target=_main,
+            args=([*arguments, "--port", str(port)], log, {**os.environ, "HF_HUB_OFFLINE": "1", **environment}),
+            daemon=True,
+        )
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "it was started"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def status(self) -> int | None:
+        """How it has ended."""
+        return self._process.exitcode
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, if the process is still there. From any thread."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """``kill -9``."""
-        self.popen.kill()
-        self.popen.wait()
+        self.signal(signal.SIGKILL)
+        self.ended(5)
 
-    def stop(self) -> int:
-        """SIGTERM, as a supervisor would; the exit status."""
-        self.popen.terminate()
-        return self.popen.wait(20)
+    def ended(self, seconds: float) -> bool:
+        """Whether it has ended, by then."""
+        self._process.join(seconds)
+        return not self._process.is_alive()
+
+    def stop(self, seconds: float = 20) -> None:
+        """SIGTERM, as a supervisor would; also if it was stopped by SIGSTOP. It fails if that is not enough."""
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        if not self.ended(seconds):
+            self.kill()
+            raise AssertionError(f"{self.name} did not stop:\n{self.log.read_text()[-2000:]}")
+
+    def again(self, options: Mapping[str, str] | None = None, **environment: str) -> "Process":
+        """A new process behind the address of this one, which is gone; with other options, as far as they are given."""
+        arguments = list(self.arguments)
+        for option, value in (options or {}).items():
+            if option in arguments:
+                arguments[arguments.index(option) + 1] = value
+            else:
+                arguments += [option, value]
+        return Process(self.name, self.port, arguments, self.log, {**self._environment, **environment})
 
 
 @dataclass
@@ -53,6 +120,20 @@ class System:
     def url(self) -> str:
         """The router's."""
         return self.router.url
+
+    def wait_ready(self) -> None:
+        """Until the router sees every worker ready."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            for process in (self.router, *self.workers.values()):
+                assert process.running, f"{process.name} ended:\n{process.log.read_text()}"
+            with (
+                suppress(urllib.error.URLError, ConnectionError, TimeoutError),
+                urllib.request.urlopen(f"{self.url}/ready", timeout=2),
+            ):
+                return
+            time.sleep(0.02)
+        raise AssertionError("not ready:\n" + "\n".join(p.log.read_text() for p in self.workers.values()))
 
     async def info(self, session: aiohttp.ClientSession, worker: str) -> Json:
         """``/internal/info`` of a worker."""
@@ -81,68 +162,42 @@ def launch(
     engine: Sequence[str] = (),
     router: Sequence[str] = (),
     model: Path | None = None,
+    environment: dict[str, str] | None = None,
+    own: Mapping[str, Sequence[str]] | None = None,
+    front: Callable[[Process], str] = lambda process: process.url,
 ) -> Iterator[System]:
-    """Start a worker for each name → role and a router over them; nothing of it is left at the end."""
+    """Start a worker for each name → role and a router over them; nothing of it is left at the end.
+
+    Args:
+        own: more options, of one worker each.
+        front: where the router finds a worker, if not at its own address.
+    """
     ports = free_ports(len(roles) + 1)
     pools = {"prefill": "--prefill", "decode": "--decode", "both": "--colocated"}
     system = System(None)  # type: ignore[arg-type]
+
+    def start(name: str, port: int, arguments: Sequence[str]) -> Process:
+        return Process(name, port, arguments, tmp / f"{name}-{port}.log", environment or {})
+
     try:
         arguments = []
         for (name, role), port in zip(roles.items(), ports, strict=False):
             worker = ["serve", *([str(model)] if model else []), "--role", role, "--name", name, "--threads", "1"]
-            if "--kv-memory" not in engine:  # or one worker would take all of a GPU's memory
+            worker += [*engine, *(own or {}).get(name, ())]
+            if "--kv-memory" not in worker:  # or one worker would take all of a GPU's memory
                 worker += ["--kv-memory", "1GiB"]
-            system.workers[name] = _start(tmp, name, port, [*worker, *engine])
-            arguments += [pools[role], system.workers[name].url]
-        system.router = _start(tmp, "router", ports[-1], ["router", *arguments, *router])
-        _wait_ready(system)
+            system.workers[name] = start(name, port, worker)
+            arguments += [pools[role], front(system.workers[name])]
+        system.router = start("router", ports[-1], ["router", *arguments, *router])
+        system.wait_ready()
         yield system
     finally:
         processes = [system.router, *system.workers.values()] if system.router else list(system.workers.values())
         for process in processes:
-            with suppress(ProcessLookupError):
-                process.popen.send_signal(signal.SIGCONT)
-                process.popen.terminate()
+            process.signal(signal.SIGCONT)
+            process.signal(signal.SIGTERM)
         for process in processes:
-            try:
-                process.popen.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise AssertionError(f"{process.name} did not stop:\n{process.log.read_text()[-2000:]}") from None
-
-
-def _start(tmp: Path, name: str, port: int, arguments: Sequence[str]) -> Process:
-    log = tmp / f"{name}-{port}.log"
-    with log.open("wb") as out:
-        popen = subprocess.Popen(
-            [sys.executable, "-m", "twostroke", *arguments, "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-    return Process(name, f"http://127.0.0.1:{port}", popen, log)
-
-
-def restart(tmp: Path, process: Process, arguments: Sequence[str]) -> Process:
-    """A new process behind the address of one that is gone."""
-    return _start(tmp, process.name, int(process.url.rsplit(":", 1)[1]), arguments)
-
-
-def _wait_ready(system: System) -> None:
-    import urllib.error
-    import urllib.request
-
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        for process in (system.router, *system.workers.values()):
-            assert process.popen.poll() is None, f"{process.name} ended:\n{process.log.read_text()}"
-        with (
-            suppress(urllib.error.URLError, ConnectionError, TimeoutError),
-            urllib.request.urlopen(f"{system.url}/ready", timeout=2),
-        ):
-            return
-        time.sleep(0.1)
-    raise AssertionError("not ready:\n" + "\n".join(p.log.read_text() for p in system.workers.values()))
+            process.stop()
 
 
 async def post(session: aiohttp.ClientSession, url: str, body: Json, **headers: str) -> tuple[int, Json]:
@@ -174,14 +229,16 @@ async def stream(session: aiohttp.ClientSession, url: str, body: Json, **headers
 
 
 @asynccontextmanager
-async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without limits or timeouts of its own."""
+async def client(headers: dict[str, str] | None = None) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session without limits or timeouts of its own; ``headers`` go with each request."""
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240)
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240), headers=headers
     ) as session:
         yield session
 
 
 def descendants() -> list[psutil.Process]:
-    """Processes that this test run has started and that still live."""
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    """Processes that this test run has started and that still live; but for ``multiprocessing``'s own."""
+    children = psutil.Process().children(recursive=True)
+    own = [child.pid for child in psutil.Process().children() if any("multiprocessing" in a for a in child.cmdline())]
+    return [child for child in children if child.pid not in own and child.status() != psutil.STATUS_ZOMBIE]

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import DEVICE, FLOAT32, ROLES, Reference
+from tests.e2e.conftest import FLOAT32, HAND_OVER, ROLES, Reference, Tiny
 from tests.e2e.system import System, client, generate, launch, post
 from twostroke.links import nixl
 
 TOKENS = 12
-ODD_BLOCK = "7" if DEVICE == "cpu" else "48"
+CPU = (*FLOAT32, "--device", "cpu")  # for the tiny model
 
 
-async def check(system: System, url: str, reference: Reference, prompts: Sequence[tuple[int, ...]]) -> None:
+async def check(system: System, url: str, reference: Reference | Tiny, prompts: Sequence[tuple[int, ...]]) -> None:
     """All prompts at once give what transformers gives each alone."""
     async with client() as session:
         answers = await asyncio.gather(*(generate(session, url, prompt, TOKENS) for prompt in prompts))
@@ -52,7 +52,7 @@ async def test_colocated(system: System, reference: Reference) -> None:
 
 
 async def test_seeded_sampling_is_the_same_disaggregated_and_colocated(system: System, reference: Reference) -> None:
-    prompts = reference.prompts()[:12]
+    prompts = reference.prompts()[:8]
     async with client() as session:
         for url in (system.url, system.workers["prefill-0"].url):
             answers = await asyncio.gather(
@@ -70,17 +70,14 @@ async def test_seeded_sampling_is_the_same_disaggregated_and_colocated(system: S
 @pytest.mark.parametrize(
     ("engine", "router"),
     [
-        (("--block-size", ODD_BLOCK, "--chunk-size", "8192"), ("--schedule", "serial")),
+        (("--block-size", "7", "--chunk-size", "8192"), ("--schedule", "serial")),
         (("--block-size", "32", "--chunk-size", "64"), ("--schedule", "concurrent", "--policy", "round-robin")),
     ],
     ids=["serial, odd blocks, chunk > prompt", "concurrent, block 32, chunk 64"],
 )
-async def test_other_settings(
-    tmp_path: Path, reference: Reference, engine: tuple[str, ...], router: tuple[str, ...]
-) -> None:
-    prompts = reference.prompts()[::3]
-    with launch(tmp_path, ROLES, engine=[*FLOAT32, *engine], router=router) as system:
-        await check(system, system.url, reference, prompts)
+async def test_other_settings(tmp_path: Path, tiny: Tiny, engine: tuple[str, ...], router: tuple[str, ...]) -> None:
+    with launch(tmp_path, ROLES, engine=[*CPU, *engine], router=[*router, *HAND_OVER], model=tiny.directory) as system:
+        await check(system, system.url, tiny, tiny.prompts())
         assert await handed_over(system) > 0
 
 
@@ -88,15 +85,15 @@ NIXL = pytest.param("nixl", marks=pytest.mark.skipif(not nixl.installed(), reaso
 
 
 @pytest.mark.parametrize("link", ["tcp", NIXL])
-async def test_over_one_link(tmp_path: Path, reference: Reference, link: str) -> None:
+async def test_over_one_link(tmp_path: Path, tiny: Tiny, link: str) -> None:
     """Forced; the other links are neither offered nor used."""
-    prompts = reference.prompts()[13:20:3]
-    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--chunk-size", "192", "--link", link]) as system:
-        await check(system, system.url, reference, prompts)
+    prompts, engine = tiny.prompts(), [*CPU, "--chunk-size", "192", "--link", link]
+    with launch(tmp_path, ROLES, engine=engine, model=tiny.directory, router=HAND_OVER) as system:
+        await check(system, system.url, tiny, prompts)
         assert await handed_over(system) >= sum(map(len, prompts)) // 16 * 0.9
         async with client() as session:
             assert {(await system.info(session, name))["link"] for name in ROLES} == {link}
-            body = {"prompt": list(reference.prompts()[-1][:100]), "max_tokens": 2}
+            body = {"prompt": list(tiny.prompts()[-1][100:200]), "max_tokens": 2}
             await post(session, f"{system.url}/v1/completions", body, x_request_id="one")
             async with session.get(f"{system.url}/debug/requests/one") as reply:
                 events = {event["event"]: event["detail"] for event in (await reply.json())["events"]}
@@ -104,16 +101,17 @@ async def test_over_one_link(tmp_path: Path, reference: Reference, link: str) ->
             assert events["kv_complete"]["link"] == link
 
 
-async def test_preemption(tmp_path: Path, reference: Reference) -> None:
+async def test_preemption(tmp_path: Path, tiny: Tiny) -> None:
     """A pool that holds a fraction of the load: decodes are preempted and recomputed, and nobody is stuck."""
-    prompts = [prompt for prompt in reference.prompts() if len(prompt) < 400]
-    tokens = 48
-    pool = 46_080 * 16 * 72  # bytes: 72 blocks of 16 tokens in float32
-    with launch(tmp_path, ROLES, engine=[*FLOAT32, "--kv-memory", str(pool)]) as system:
+    prompts = [(*prompt[:100], number) for number, prompt in enumerate(tiny.prompts() + tiny.prompts()[-2:])]
+    tokens, block = 100, 3 * 2 * 2 * 16 * 16 * 4  # bytes: layers, K and V, heads, head_dim, tokens, float32
+    # What P holds for a request that waits at D, behind one that waits for P, is only let go when its lease expires.
+    engine = [*CPU, "--kv-memory", str(40 * block), "--lease-seconds", "2"]
+    with launch(tmp_path, ROLES, engine=engine, model=tiny.directory) as system:
         async with client() as session:
             answers = await asyncio.gather(*(generate(session, system.url, prompt, tokens) for prompt in prompts))
             for prompt, answer in zip(prompts, answers, strict=True):
-                assert answer == reference.generate(prompt, tokens)
+                assert answer == tiny.generate(prompt, tokens)
             await system.idle(session)
             async with session.get(f"{system.workers['decode-0'].url}/metrics") as reply:
                 metrics = await reply.text()

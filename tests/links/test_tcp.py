@@ -164,6 +164,18 @@ async def test_a_connection_that_the_server_closed_is_made_anew() -> None:
         assert (both.own[:2] == both.theirs[:2]).all()
 
 
+async def test_a_connection_that_the_peer_has_closed_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing is read any more: the peer may never come back."""
+    monkeypatch.setattr(tcp, "SWEEP_SECONDS", 0.01)
+    with pair() as both:
+        await both.read([1], [1])
+        assert len(both.link._idle) == 1
+        both.server.close()
+        async with asyncio.timeout(30):
+            while both.link._idle:  # noqa: ASYNC110 - the link's own
+                await asyncio.sleep(0.01)
+
+
 async def test_idle_connections_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     with pair() as both, proxy(both.target) as network:
         both.through(network)

@@ -247,3 +247,26 @@ async def test_a_client_that_does_not_send_its_body_gives_its_place_back(monkeyp
         writer.close()
         assert running.router._relay.backlog.waiting == 0
         assert await ask(running) == (200, OK)
+
+
+# -- who knows a prompt --------------------------------------------------------------------------------------------
+
+
+async def test_a_decode_worker_computes_alone_only_what_it_was_given_before() -> None:
+    body = b'{"prompt": "' + b"x" * 2000 + b'"}'
+    async with system(2, 1, policy="prefix-aware", short_prompt=100) as running, asyncio.timeout(10):
+        p, other, d = running.workers
+        d.answer = stream_answer(b"data: 1\n\n", b"data: [DONE]\n\n")
+        async with running.client.post(PATH, data=body) as first:
+            await first.content.readany()
+            d.answer = json_answer()
+            await until(lambda: not any(worker.in_flight for worker in running.router.registry.workers[:2]))
+            assert (await ask(running, body))[0] == 200  # while the first one is on its way: the same prefill worker
+            assert len(p.seen) + len(other.seen) == 2
+            assert not (p.seen and other.seen)  # which has computed the first, and waits for nothing
+            d.gate.release()
+            await first.read()
+        assert (await ask(running, body))[0] == 200
+        assert [seen.ticket is None for seen in d.seen] == [False, False, True]
+        assert (await ask(running, body.replace(b"}", b', "cache_salt": "another tenant"}')))[0] == 200
+        assert d.seen[-1].ticket

@@ -1,6 +1,7 @@
 """Who probably knows the beginning of a prompt."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,20 @@ def test_prompts_that_begin_alike_have_hashes_that_begin_alike() -> None:
 
 def test_what_stands_before_the_prompt_does_not_count() -> None:
     assert chain(body("x" * 600, max_tokens=1)) == chain(body("x" * 600, max_tokens=100, model="another"))
+
+
+def test_a_salt_parts_tenants_wherever_it_stands() -> None:
+    def salted(salt: str) -> list[Sequence[int]]:
+        return [
+            chain(json.dumps({"prompt": "x" * 600, "cache_salt": salt, "n": 1}).encode()),
+            chain(json.dumps({"cache_salt": salt, "prompt": "x" * 600, "n": 1}).encode()),
+        ]
+
+    one, other = salted("one"), salted("two")
+    assert one[0][0] == one[1][0]
+    assert not set(one[0]) & set(other[0])
+    assert not set(one[0]) & set(chain(body("x" * 600)))
+    assert chain(b'{"cache_salt"') == chain(b'{"cache_salt":"')
 
 
 def test_a_chat_goes_on_where_it_was() -> None:

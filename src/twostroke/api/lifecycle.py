@@ -9,6 +9,8 @@ readmitted         it was preempted, and holds slots again
 prefill_started    ``cached_tokens``: of the prompt, not to be computed
 prefill_ended
 attached           ``link``: the producer has opened its pool to us
+store              ``found_blocks``, of these ``pool_blocks`` were in the pool and ``loaded_blocks`` loaded from
+                   ``tiers``; ``bytes``, ``load_ms``; ``why`` so many
 first_token        sampled here, or received from the producer
 kv_complete        ``link``, ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
 link_failed        ``link``, ``reason``, ``following``: the link that is used from now on
@@ -17,21 +19,20 @@ finished           ``reason``, ``output_tokens``
 aborted, failed    ``reason``
 release_failed     ``reason``: the producer's lease was left to expire
 =================  =====================================================================================
-
 No stamp carries text of a prompt or an answer.
 """
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from twostroke.messages import Slots, TimelineEvent
+from twostroke.messages import Slots, TierReport, TimelineEvent
 
 MAX_REQUESTS = 1024  # timelines kept; the oldest goes first
 MAX_EVENTS = 256  # of one HTTP request
@@ -62,6 +63,8 @@ class Gauges(Struct, frozen=True):
     running: int
     waiting: int
     slots: Slots | None = None
+    handovers: int = 0  # that this worker produces
+    tasks: int = 0  # of the event loop
 
 
 class _Sequence:
@@ -206,3 +209,46 @@ class _GaugeCollector(Collector):
             for state in ("free", "cached", "leased"):
                 slots.add_metric([state], getattr(now.slots, state))
         yield slots
+        yield GaugeMetricFamily("twostroke_handovers_open", "Hand-overs that are produced.", value=now.handovers)
+        yield GaugeMetricFamily("twostroke_tasks", "Tasks of the event loop.", value=now.tasks)
+
+
+_TIER_GAUGES = {
+    "in_service": "Whether the tier may be asked.",
+    "capacity": "Bytes that the tier may use.",
+    "used": "Bytes that the tier uses.",
+    "blocks": "Blocks in the tier.",
+}
+_TIER_COUNTS = {
+    "hits": "Blocks that the tier gave to requests.",
+    "misses": "Blocks of requests that the tier did not have.",
+    "written": "Blocks written into the tier.",
+    "dropped": "Blocks that were not written.",
+    "evictions": "Blocks evicted from the tier.",
+    "damaged": "Blocks that did not verify.",
+    "faults": "Times that the tier failed.",
+    "read_bytes": "Bytes read from the tier.",
+    "written_bytes": "Bytes written into the tier.",
+    "read_seconds": "Time that reads took.",
+    "write_seconds": "Time that writes took.",
+}
+
+
+class StoreCollector(Collector):
+    """How the tiers of a store are."""
+
+    def __init__(self, reports: Callable[[], Sequence[TierReport]]) -> None:
+        self._reports = reports
+
+    def collect(self) -> Iterator[Metric]:
+        reports = self._reports()
+        for name, text in _TIER_GAUGES.items():
+            gauge = GaugeMetricFamily(f"twostroke_store_{name}", text, labels=["tier"])
+            for report in reports:
+                gauge.add_metric([report.name], float(getattr(report, name)))
+            yield gauge
+        for name, text in _TIER_COUNTS.items():
+            counter = CounterMetricFamily(f"twostroke_store_{name}", text, labels=["tier"])
+            for report in reports:
+                counter.add_metric([report.name], float(getattr(report, name)))
+            yield counter

@@ -42,9 +42,9 @@ SCHEMES: dict[str, Scheme] = {
     "pd": Scheme("--prefill 1 --decode 1", "prefill and decode apart, KV over a direct link while prefill computes"),
     "pd-serial": Scheme("--prefill 1 --decode 1 --schedule serial", "pd, where decode is asked once prefill is done"),
     "pd-service": Scheme(
-        "--prefill 1 --decode 1 --link store --store service:http://127.0.0.1:{port}",
+        "--prefill 1 --decode 1 --link store --store service:127.0.0.1:{port}",
         "pd, KV through a cache service",
-        beside=("store --port {port}",),
+        beside=("store --memory 1GiB --port {port}",),
     ),
     "pd-disk": Scheme("--prefill 1 --decode 1 --link store --store dir:{scratch}", "pd, KV through a shared directory"),
     "pd-tiered": Scheme(

@@ -9,14 +9,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Launched
-from twostroke.engine.scheduler import Chunk, Scheduler, Sequence
+from twostroke.engine.scheduler import Chunk, Scheduler, Sequence, State
 from twostroke.errors import DeviceLost, EngineFailed, OutOfMemory, Overloaded, RequestError, Unavailable
-from twostroke.kv.keys import root_key
-from twostroke.kv.pool import Lease, Pool
+from twostroke.kv.keys import BlockKey, root_key
+from twostroke.kv.pool import Lease, Pool, Slot
 from twostroke.messages import FinishReason, Output, Request, Slots, Token
 
 MEASURED_TOKENS = 32  # in a step at least, for its time to say how fast prompts are computed
@@ -119,6 +120,11 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._died: Callable[[], None] = lambda: None
+        self._published: Callable[[list[BlockKey]], None] | None = None
+
+    def watch(self, published: Callable[[list[BlockKey]], None]) -> None:
+        """From now on, ``published`` is told on the loop which blocks have become findable."""
+        self._published = published
 
     def start(self, loop: asyncio.AbstractEventLoop, died: Callable[[], None]) -> None:
         """Start stepping. Updates of jobs are delivered on ``loop``; so is ``died``, should the thread ever end."""
@@ -134,10 +140,14 @@ class Engine:
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, *, loads: bool = False, exports: Lease | None = None) -> Job:
-        """Queue a request. ``loads``: once it has slots, wait for ``loaded`` and ``resume``."""
+    def submit(
+        self, request: Request, *, loads: bool = False, reloads: bool = False, exports: Lease | None = None
+    ) -> Job:
+        """Queue a request. ``loads``: once it has slots, wait for ``loaded`` and ``resume``; ``reloads``: also whenever
+        it has slots again after it was preempted.
+        """
         root = root_key(self.model.layout.fingerprint, request.salt)
-        job = Job(Sequence(request, root, loads=loads, exports=exports))
+        job = Job(Sequence(request, root, loads=loads, reloads=reloads, exports=exports))
         with self._lock:
             self._jobs[job.sequence] = job
             self.scheduler.add(job.sequence)
@@ -153,10 +163,11 @@ class Engine:
                 self._admit()
                 self._lock.notify()
 
-    def loaded(self, job: Job, tokens: int) -> None:
-        """The KV of the first ``tokens`` tokens is in the job's slots, verified."""
+    def loaded(self, job: Job, tokens: int, *, stored: bool = False) -> None:
+        """The KV of the first ``tokens`` tokens is in the job's slots, verified. ``stored``: of an earlier request."""
         with self._lock:
-            self.scheduler.loaded(job.sequence, tokens)
+            self.scheduler.loaded(job.sequence, tokens, stored=stored)
+            self._deliver([(job, Progress(tokens))])
 
     def ending(self, job: Job, token: Token) -> FinishReason | None:
         """Whether ``token``, as the next one, ends the job."""
@@ -171,6 +182,29 @@ class Engine:
     def lease(self) -> Lease:
         """An empty lease on the engine's pool."""
         return self._pool.lease()
+
+    def borrow(self, job: Job) -> Lease | None:
+        """Another hold on the slots of a job that loads: they can be written whatever becomes of the job. None if it
+        does not load any more.
+        """
+        with self._lock:
+            if job.sequence.state is not State.LOADING:
+                return None
+            lease = self._pool.lease()
+            lease.share(job.sequence.slots())
+            return lease
+
+    def has(self, keys: Seq[BlockKey]) -> set[BlockKey]:
+        """Which of the blocks are in the pool."""
+        with self._lock:
+            return set(self._pool.find(keys))
+
+    def hold(self, keys: Seq[BlockKey]) -> tuple[Lease, dict[BlockKey, Slot]]:
+        """A hold on those of the blocks that are in the pool, and where they are."""
+        with self._lock:
+            lease, found = self._pool.lease(), self._pool.find(keys)
+            lease.share(list(found.values()))
+            return lease, found
 
     def release(self, lease: Lease) -> None:
         """End a lease. Its slots may now serve waiting sequences."""
@@ -302,8 +336,14 @@ class Engine:
 
     def _deliver(self, updates: list[tuple[Job, Update]]) -> None:
         """One wake-up of the event loop for all updates of a step."""
-        if updates and self._loop is not None and not self._loop.is_closed():
+        if self._loop is None or self._loop.is_closed():
+            return
+        if updates:
             self._loop.call_soon_threadsafe(_push_all, updates)
+        if fresh := self.scheduler.fresh:
+            self.scheduler.fresh = []
+            if self._published is not None:
+                self._loop.call_soon_threadsafe(self._published, fresh)
 
     def _check(self) -> None:
         """The account must balance whenever nothing is computed."""

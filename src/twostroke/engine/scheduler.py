@@ -5,7 +5,7 @@ A sequence waits, then holds slots for all its tokens and runs, until it is fini
     WAITING ──admit──▶ RUNNING ──finish──▶ FINISHED
      ▲    │              │   ▲
      │    └─▶ LOADING ───│───┘  resume: its blocks came from elsewhere (a hand-over; later a store)
-     └──────preempt──────┘
+     └──────preempt──────┘        its blocks can be loaded again then
 
 A step computes, for each running sequence, some of the tokens whose KV is not there yet. Prefill, a chunk of prefill,
 decode, recomputing after a preemption, and computing what was generated elsewhere are all that one thing.
@@ -42,14 +42,23 @@ class Sequence:
     """
 
     __slots__ = (
-        "cached", "computed", "exports", "finish", "keys", "lease", "loads", "order", "published", "request", "root",
-        "scheduled", "state", "tokens",
+        "cached", "computed", "exports", "finish", "keys", "lease", "loads", "order", "published", "reloads", "request",
+        "root", "scheduled", "state", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: Request, root: BlockKey, *, loads: bool = False, exports: Lease | None = None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        root: BlockKey,
+        *,
+        loads: bool = False,
+        reloads: bool = False,
+        exports: Lease | None = None,
+    ) -> None:
         self.request = request
         self.root = root  # parent key of the first block
         self.loads = loads  # stop at LOADING once admitted, for somebody else to bring blocks
+        self.reloads = reloads  # the same whenever it is admitted again after it was preempted
         self.exports = exports  # also holds every prompt block as soon as it is computed; outlives the sequence
         self.tokens = [*request.prompt, *request.output]
         self.keys: list[BlockKey] = []  # of full blocks of ``tokens``, as far as they were needed
@@ -140,6 +149,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by (priority, order)
         self.running: list[Sequence] = []  # LOADING or RUNNING, in order of admission
         self._arrivals = 0
+        self.fresh: list[BlockKey] = []  # blocks that became findable; whoever wants to know takes them out
         self.flight: deque[list[Chunk]] = deque()  # steps that are planned but not committed, oldest first
 
     # -- what others ask for -------------------------------------------------------------------------------------
@@ -160,10 +170,15 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def loaded(self, sequence: Sequence, tokens: int) -> None:
-        """The KV of the first ``tokens`` tokens of a LOADING sequence is in its slots, verified."""
+    def loaded(self, sequence: Sequence, tokens: int, *, stored: bool = False) -> None:
+        """The KV of the first ``tokens`` tokens of a LOADING sequence is in its slots, verified.
+
+        ``stored``: it was computed for an earlier request.
+        """
         assert sequence.state is State.LOADING, f"{sequence.state} sequence cannot load"
         sequence.computed = sequence.scheduled = max(sequence.computed, tokens)
+        if stored and not sequence.outputs:
+            sequence.cached = sequence.computed
         self._publish(sequence)
 
     def resume(self, sequence: Sequence, first: Token | None = None) -> None:
@@ -300,6 +315,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
+        sequence.loads = sequence.reloads
         self.running.remove(sequence)
         self._enqueue(sequence)
 
@@ -316,6 +332,7 @@ class Scheduler:
             sequence.extend_keys(self.block_tokens)
         for index in range(sequence.published, full):
             self.pool.publish(sequence.slots()[index], sequence.keys[index])
+        self.fresh += sequence.keys[sequence.published : full]
         sequence.published = max(sequence.published, full)
         exports = sequence.exports
         if exports is not None and exports.alive:

@@ -53,6 +53,10 @@ class Pool:
             slots.append(slot)
         return slots
 
+    def find(self, keys: Iterable[BlockKey]) -> dict[BlockKey, Slot]:
+        """Where those of the blocks are that are here. They are not held either."""
+        return {key: slot for key in keys if (slot := self._slot.get(key)) is not None}
+
     def publish(self, slot: Slot, key: BlockKey) -> None:
         """The full block in ``slot`` is complete and can be found by ``key`` from now on.
 

@@ -46,6 +46,7 @@ PATIENCE = 2.0  # seconds: to connect, to wait for the next bytes, and by which 
 IDLE_SECONDS = 60.0  # the server closes a connection on which nothing was asked for so long, the client after half
 SEND_SECONDS = 60.0  # in which a client takes a block, however slow the network: whether it is too slow, it decides
 MAX_CONNECTIONS = 256  # of a server
+SWEEP_SECONDS = 1.0  # after which a kept connection is closed that the other end has closed
 _READS = 8  # of a link at once
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class TcpLink:
         self._idle: list[_Connection] = []
         self._lock = threading.Lock()  # of the idle ones
         self._threads = ThreadPoolExecutor(_READS, thread_name_prefix="tcp-link")
+        self._sweeper: asyncio.Task[None] | None = None
 
     def reaches(self, peer: PoolAddress) -> bool:
         """See ``Link.reaches``."""
@@ -89,6 +91,8 @@ class TcpLink:
         assert all(0 <= slot < self._own.num_slots for slot in local), "we write into our own slots"
         if not pairs:
             return
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep())
         transfer = _Transfer()
         work = self._threads.submit(self._read, peer, pairs, claim, transfer)
 
@@ -100,6 +104,8 @@ class TcpLink:
 
     def close(self) -> None:
         """See ``Link.close``."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         self._threads.shutdown()
         while self._idle:
             self._idle.pop().wire.close()
@@ -126,7 +132,12 @@ class TcpLink:
         with self._lock:
             self._idle.append(connection)
 
-    def _reuse(self, peer: PoolAddress) -> "_Connection | None":
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self._reuse(None)
+
+    def _reuse(self, peer: PoolAddress | None) -> "_Connection | None":
         """A connection to the peer that nobody uses. All that have become useless are closed."""
         found: _Connection | None = None
         oldest = time.monotonic() - IDLE_SECONDS / 2

@@ -17,6 +17,7 @@ HOLDERS = 4  # workers remembered for each chunk, the latest ones
 BYTES_A_TOKEN = 4  # roughly, of text and of lists of token ids alike
 
 _PROMPTS = (b'"messages"', b'"prompt"', b'"text"', b'"input_ids"')
+_SALT = b'"cache_salt"'
 _LOOK = 1024  # bytes of a body in which its prompt begins, or all of it counts
 
 
@@ -26,14 +27,23 @@ def tokens_of(body_bytes: int) -> int:
 
 
 def chain(body: bytes) -> Sequence[int]:
-    """Hashes of the full chunks of the prompt in ``body``, each of them over everything before it too."""
+    """Hashes of the full chunks of the prompt in ``body``, each of them over everything before it too, and the salt."""
     head = body[:_LOOK]
     start = min((place for place in map(head.find, _PROMPTS) if place >= 0), default=0)
-    hashes, parent = [], 0
+    hashes, parent = [], _salt(body)
     for at in range(start, min(len(body) - CHUNK, start + (MAX_CHUNKS - 1) * CHUNK) + 1, CHUNK):
         parent = xxh3_64_intdigest(body[at : at + CHUNK], parent)
         hashes.append(parent)
     return hashes
+
+
+def _salt(body: bytes) -> int:
+    """Tenants do not see each other's blocks. 0 without a salt."""
+    key = body.find(_SALT)
+    if key < 0:
+        return 0
+    start = body.find(b'"', key + len(_SALT)) + 1
+    return xxh3_64_intdigest(body[start : body.find(b'"', start)]) if start else 0
 
 
 class PrefixMap:

@@ -182,9 +182,9 @@ class Relay:
                 raise WorkerLost(
                     f"worker {trip.lost[-1].id} was lost, and the answer cannot go on: {error.message}"
                 ) from error
-        if trip.hashes:
-            ends = (route.worker,) if isinstance(route, Colocated) else (route.prefill, route.decode)
-            self._prefixes.remember(trip.hashes, [worker.key for worker in ends])
+        if trip.hashes:  # at once, for who comes meanwhile; but a decode worker knows it only once it is there
+            computes = route.worker if isinstance(route, Colocated) else route.prefill
+            self._prefixes.remember(trip.hashes, [computes.key])
         return route
 
     async def _along(self, route: Route[Worker], trip: _Trip) -> None:
@@ -264,6 +264,8 @@ class Relay:
                     if upstream.status in _BUSY:
                         raise _Refused(worker, Refusal(upstream.status, _relayed(upstream), await upstream.read()))
                     await self._pass_on(trip, hold, upstream)
+                    if trip.hashes and ticket and upstream.status == 200:
+                        self._prefixes.remember(trip.hashes, [worker.key])
         except _Refused as refused:
             if refused.refusal.status == 503:
                 self._registry.lose(refused.worker, "it answers 503")

@@ -145,7 +145,7 @@ class Router:
 
     def _gauges(self) -> Gauges:
         waiting = self._relay.backlog.waiting
-        return Gauges(running=self._relay.in_flight - waiting, waiting=waiting)
+        return Gauges(self._relay.in_flight - waiting, waiting, tasks=len(asyncio.all_tasks()))
 
     # asked of workers
 

@@ -8,22 +8,35 @@ from pathlib import Path
 
 import torch
 
+from twostroke import config as configs
 from twostroke import models
 from twostroke.api.server import bind
-from twostroke.config import CPU_KV_MEMORY, TOKEN_BUDGET, EngineConfig, WorkerConfig
+from twostroke.config import (
+    CPU_KV_MEMORY,
+    TOKEN_BUDGET,
+    EngineConfig,
+    TierConfig,
+    WorkerConfig,
+)
 from twostroke.engine.engine import Engine
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Limits
 from twostroke.errors import MemoryTooSmall, StartupError
+from twostroke.kv.layout import Layout
 from twostroke.kv.memory import PoolMemory, SlotMemory
 from twostroke.kv.pool import Lease, Pool
 from twostroke.links import nixl
 from twostroke.links.link import Link
 from twostroke.links.nixl import NixlLink, NixlServer
 from twostroke.links.shm import SharedMemoryLink
-from twostroke.links.staging import staging
+from twostroke.links.staging import Staging, staging
 from twostroke.links.tcp import TcpLink, TcpServer
 from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, PoolAddress, TcpEndpoint
+from twostroke.store.directory import DirectoryTier
+from twostroke.store.disk import disk_tier
+from twostroke.store.host import HostTier
+from twostroke.store.service import ServiceTier
+from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
 
 _SLOWEST = 1 << 20  # bytes a second that a link must bring, while it is not known how fast we compute them
@@ -42,6 +55,8 @@ class Loaded:
     links: tuple[Link, ...]  # what we read other workers' pools with, best first
     servers: tuple[NixlServer | TcpServer, ...]  # what gives others access to our slots
     offers: tuple[PoolAddress, ...]  # every way in which others may read our pool, best first
+    staging: Callable[[], Staging]  # makes access to our slots, for each thread that asks
+    tiers: tuple[Tier, ...]  # of our store, not yet open
 
     def serve(self, exported: Callable[[str, int], Lease | None]) -> None:
         """Let others read. ``exported``: see ``TcpServer.start``."""
@@ -68,7 +83,7 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     """
     settings = config.engine
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if config.link not in ("auto", NixlMemory.link, TcpEndpoint.link, _mapping_link(device)):
+    if config.link not in ("auto", "store", NixlMemory.link, TcpEndpoint.link, _mapping_link(device)):
         either = f"{_mapping_link(device)}, nixl or tcp"
         raise StartupError(f"--link {config.link} does not go with device {device}: use {either}")
     directory: Path = models.resolve(config.model, say, settings.load_format)
@@ -105,6 +120,7 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     links: list[Link] = []
     offers: list[PoolAddress] = []
     servers: list[NixlServer | TcpServer] = []
+    access = staging(slots)
 
     def slowest() -> float:
         return max(engine.speed, _SLOWEST)
@@ -117,11 +133,26 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         links.append(NixlLink(slots, secret, config.link_devices, slowest=slowest))
         offers.append(registered.address)
     if config.link in ("auto", TcpEndpoint.link):
-        serving = TcpServer(bind(config.host, 0), memory.address, staging(slots), secret)
+        serving = TcpServer(bind(config.host, 0), memory.address, access, secret)
         servers.append(serving)
-        links.append(TcpLink(memory.address, staging(slots), secret, slowest=slowest))
+        links.append(TcpLink(memory.address, access, secret, slowest=slowest))
         offers.append(serving.address)
-    return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers))
+    tiers = tuple(_make_tier(tier, model.layout, config.name, secret) for tier in config.store)
+    return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
+
+
+def _make_tier(config: TierConfig, layout: Layout, owner: str, secret: str) -> Tier:
+    match config:
+        case configs.HostTier(size):
+            return HostTier(layout.block_bytes, size)
+        case configs.DiskTier(path, size):
+            return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
+        case configs.DirectoryTier(shared, limit):
+            return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
+        case configs.ServiceTier(host, port):
+            return ServiceTier(host, port, layout.block_bytes, layout.fingerprint, secret)
+        case configs.ValkeyTier(host, port):
+            return _valkey_tier(host, port, layout)
 
 
 def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secret: str) -> NixlServer | None:
@@ -136,6 +167,14 @@ def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secr
             raise
         log.warning("going without NIXL: %s", error.message)
         return None
+
+
+def _valkey_tier(host: str, port: int, layout: Layout) -> Tier:
+    try:
+        from twostroke.store.valkey import ValkeyTier  # its client library is an extra
+    except ImportError as error:
+        raise StartupError("--store valkey:… needs its client: pip install 'twostroke[valkey]'") from error
+    return ValkeyTier(host, port, layout.block_bytes, layout.fingerprint, configs.valkey_password())
 
 
 def _mapping_link(device: str) -> str:

@@ -54,6 +54,7 @@ class Export:
         self._closed = closed
         self._engine = engine
         self._request: Request | None = None
+        self._loads = False
         self._machine = Machine(PRODUCER, ProducerState.NEW)
         self._seconds = {ProducerState.EXPECTED: attach_timeout}
         self._lease_seconds = lease_seconds
@@ -80,9 +81,12 @@ class Export:
                 self._do(action)
             self._settle()
 
-    def request(self, request: Request) -> Job:
-        """The router's request came: compute it, exporting its blocks. The returned job gives its one token."""
-        self._request = request
+    def request(self, request: Request, *, loads: bool = False) -> Job:
+        """The router's request came: compute it, exporting its blocks. The returned job gives its one token.
+
+        ``loads``: somebody else brings blocks first, see ``Engine.submit``.
+        """
+        self._request, self._loads = request, loads
         self.on(ProducerEvent.REQUEST)
         assert self.job is not None, "REQUEST computes"
         return self.job
@@ -97,7 +101,7 @@ class Export:
             case ProducerAction.COMPUTE:
                 assert self._request is not None, "only REQUEST computes"
                 self._stop_clock()
-                self.job = self._engine.submit(self._request, exports=self.lease)
+                self.job = self._engine.submit(self._request, loads=self._loads, exports=self.lease)
             case ProducerAction.PUBLISH:
                 self.changed.set()
             case ProducerAction.RENEW:
@@ -145,8 +149,12 @@ class Producer:
         self._exports: dict[str, Export] = {}
         self._over: OrderedDict[tuple[str, int], str] = OrderedDict()  # id and attempt → why
 
-    async def produce(self, request: Request, handover: str, attempt: int) -> AsyncGenerator[tuple[Job, Update], None]:
+    async def produce(
+        self, request: Request, handover: str, attempt: int, *, loads: bool = False
+    ) -> AsyncGenerator[tuple[Job, Update], None]:
         """Compute a prompt for a consumer; give its job's updates, the last of which is the first token.
+
+        ``loads``: somebody else brings blocks once it is admitted, see ``Engine.submit``.
 
         Leaving early ends the hand-over.
 
@@ -164,7 +172,7 @@ class Producer:
             raise Conflict(f"hand-over {handover}: {_ANOTHER_PROMPT}")
         reason = "the prefill was aborted"
         try:
-            job = export.request(request)
+            job = export.request(request, loads=loads)
             async for update in job.updates(self._queue_timeout):
                 if isinstance(update, Output):
                     export.first = update

@@ -7,13 +7,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 
 import aiohttp
 import msgspec
 import uvloop
 
-from twostroke.api.lifecycle import Gauges, Lifecycle
+from twostroke.api.lifecycle import Gauges, Lifecycle, StoreCollector
 from twostroke.api.server import bind, build_app, serve
 from twostroke.api.service import Load
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
@@ -33,16 +33,21 @@ from twostroke.messages import (
     WorkerInfo,
     WorkerState,
 )
+from twostroke.store.store import Store
 from twostroke.tokenizer import Tokenizer
 from twostroke.worker.announcer import Announcer
 from twostroke.worker.consumer import Peer, Pull
 from twostroke.worker.internal import internal_routes
 from twostroke.worker.loading import Loaded, load
+from twostroke.worker.offload import Fetch, Offload, Writer
 from twostroke.worker.producer import Producer
+from twostroke.worker.tasks import end
 from twostroke.worker.tickets import Tickets
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
+_PATIENCE = 4  # silences, after which a producer that answers and writes nothing new into the store is given up
+_HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
 _LOOK_SECONDS = 0.05  # between looks at what a draining worker still has to finish
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
@@ -62,6 +67,7 @@ class Worker:
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
         self._failures = Failures()
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
+        self._offload: Offload | None = None
         self._tickets = Tickets(self._instance, secret, config.bootstrap_hosts, alone=is_loopback(config.host))
         self.producer: Producer | None = None
         self.leaving = asyncio.Event()  # it is told to drain
@@ -85,6 +91,13 @@ class Worker:
         loaded.engine.start(loop, died.set)
         self._say("warming up")
         await _warm_up(loaded)
+        if loaded.tiers:
+            self._say("opening the store")
+            slots = loaded.engine.load().slots.total
+            store = Store(loaded.tiers, loaded.engine.model.layout.block_bytes, most=max(1, slots // _HELD_SHARE))
+            self._offload = Offload(loaded.engine, store, loaded.staging, self.lifecycle)
+            self.lifecycle.collect(StoreCollector(store.reports))
+            await self._offload.open()
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self.producer = Producer(
             loaded.engine,
@@ -132,6 +145,8 @@ class Worker:
             await self._session.close()
         if self._loaded is not None:
             await asyncio.to_thread(self._loaded.engine.stop)
+            if self._offload is not None:
+                await self._offload.close()
             self._loaded.close()
 
     def _say(self, detail: str) -> None:
@@ -156,12 +171,14 @@ class Worker:
     async def generate(self, request: Request, ticket: Ticket | None) -> AsyncGenerator[Output, None]:
         """See ``Service``. With a ticket, the prompt's blocks come from its peer as far as they can."""
         loaded = self._admit(request)
-        pulls = ticket is not None and ticket.peer is not None and request.choice == 0
+        consumes = ticket is not None and ticket.peer is not None and request.choice == 0
+        pulls = consumes and self._config.link != "store"
         if pulls:
             self._pulled[request.id] = asyncio.Event()
         elif ticket is not None:
             await self._first_choice(request)
-        job = loaded.engine.submit(request, loads=pulls)
+        fetch = None if pulls else await self._fetch(request, ticket if consumes else None)
+        job = loaded.engine.submit(request, loads=pulls or bool(fetch and fetch.loads), reloads=fetch is not None)
         if pulls and ticket is not None and not ticket.waits and request.prompt_index == 0 and not job.admitted:
             # Whoever routes can choose another worker, and spare the prefill. Later prompts of a batch may wait: they
             # might never fit at once.
@@ -171,10 +188,14 @@ class Worker:
             raise NoRoom("no slots are free for this prompt now")
         self._jobs[job] = request.http_id
         pull: asyncio.Task[None] | None = None
+        if fetch:
+            fetch.submitted(job)
         outcome, outputs = "aborted", 0
         try:
             async for update in job.updates(self._config.queue_timeout):
                 self._observe(job, update, first=not (outputs or request.output))
+                if fetch:
+                    fetch.observe(job, update)
                 if isinstance(update, Output):
                     outputs += len(update.tokens)
                     outcome = "finished" if update.finish else outcome
@@ -190,6 +211,8 @@ class Worker:
                 reason = job.sequence.finish or "abort"
                 self.lifecycle.stamp(request.id, outcome, reason=reason, output_tokens=outputs)
             await end(pull)
+            if fetch:
+                await fetch.end()
             if pulls:
                 self._pulled.pop(request.id).set()
             loaded.engine.abort(job)
@@ -237,7 +260,7 @@ class Worker:
             detail=self._detail,
             model=loaded.card.name if loaded else "",
             fingerprint=loaded.engine.model.layout.fingerprint if loaded else "",
-            link=", ".join(pool.memory.link for pool in loaded.offers) if loaded else "",
+            link=(", ".join(pool.memory.link for pool in loaded.offers) or self._config.link) if loaded else "",
             slots=load.slots if load else _NO_SLOTS,
             running=load.running if load else 0,
             waiting=load.waiting if load else 0,
@@ -300,22 +323,60 @@ class Worker:
             job.push(EngineFailed("the hand-over failed; the worker's log says how"))
         self._pulled[request.id].set()
 
+    async def _fetch(self, request: Request, ticket: Ticket | None = None) -> Fetch | None:
+        """What the store can do for a request that is about to be submitted; with a ticket, its blocks come through the
+        store. None without a store.
+        """
+        if self._offload is None:
+            return None
+        if ticket is None:
+            return await self._offload.prepare(request, self._config.queue_timeout)
+        silence = self._config.handover_timeout
+        return self._offload.follow(request, Writer(lambda: self._answers(ticket), silence, _PATIENCE * silence))
+
+    async def _answers(self, ticket: Ticket) -> bool:
+        """Whether the producer is there."""
+        assert self._session, "a ready worker has a session"
+        try:
+            timeout = aiohttp.ClientTimeout(total=self._config.handover_timeout)
+            async with self._session.get(f"{ticket.peer}/health", timeout=timeout, allow_redirects=False) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return False
+
     async def _produce(self, request: Request, ticket: Ticket) -> Output:
         assert self.producer is not None, "a ready worker has a producer"
+        one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
+        if self._config.link == "store":
+            return await self._write(msgspec.structs.replace(request, sampling=one_token))
         handover = f"{ticket.id}/{request.prompt_index}"
         try:
             self._admit(request)
         except RequestError as error:
             self.producer.refuse(handover, ticket.attempt, error.message)
             raise
-        one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
         request = msgspec.structs.replace(request, sampling=one_token)
-        async with aclosing(self.producer.produce(request, handover, ticket.attempt)) as updates:
-            async for job, update in updates:
-                self._observe(job, update, first=True)
+        fetch = await self._fetch(request)
+        produced = self.producer.produce(request, handover, ticket.attempt, loads=bool(fetch and fetch.loads))
+        try:
+            async with aclosing(produced) as updates:
+                async for job, update in updates:
+                    self._observe(job, update, first=True)
+                    if fetch:
+                        fetch.observe(job, update)
+        finally:
+            if fetch:
+                await fetch.end()
         self.lifecycle.stamp(request.id, "finished", reason="handover", output_tokens=1)
         assert isinstance(update, Output), "the last update is the first token"
         return update
+
+    async def _write(self, request: Request) -> Output:
+        """Compute a prompt, whose blocks reach the consumer through the store. The first token."""
+        async with aclosing(self.generate(request, None)) as outputs:
+            async for output in outputs:
+                return output
+        raise EngineFailed("no token was sampled")
 
     def _observe(self, job: Job, update: Update, *, first: bool) -> None:
         """Stamp what an update means in a request's life."""
@@ -334,22 +395,11 @@ class Worker:
                 pass
 
     def _gauges(self) -> Gauges:
-        if self._loaded is None:
-            return Gauges(0, 0)
+        tasks = len(asyncio.all_tasks())
+        if self._loaded is None or self.producer is None:
+            return Gauges(0, 0, tasks=tasks)
         load = self._loaded.engine.load()
-        return Gauges(load.running, load.waiting, load.slots)
-
-
-async def end(task: asyncio.Task[None] | None) -> None:
-    """Cancel a task and wait until it is over, however often we are cancelled meanwhile: it may still write into slots
-    that are released after this.
-    """
-    if task is None:
-        return
-    task.cancel()
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
+        return Gauges(load.running, load.waiting, load.slots, self.producer.open, tasks)
 
 
 async def _warm_up(loaded: Loaded) -> None:

@@ -1,9 +1,9 @@
-"""The worker's own helpers; whole workers are tested in tests/e2e."""
+"""Tasks end before what they write into is given back."""
 
 import asyncio
 from contextlib import suppress
 
-from twostroke.worker.worker import end
+from twostroke.worker.tasks import end
 
 
 async def test_a_task_is_over_before_its_slots_are_released_even_if_we_are_cancelled_twice() -> None:

@@ -1,0 +1,126 @@
+"""Which block goes when a tier is full. Pure: keys in, a victim out.
+
+``Lru`` is the simplest that works. ``S3Fifo`` resists scans: a block that is used once, such as those of a long prompt
+that never comes back, passes through a small queue without pushing out what is used again. (S3-FIFO: Yang et al.,
+"FIFO queues are all you need for cache eviction", SOSP 2023.) ``benchmarks/bench_store.py`` compares them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Literal, Protocol
+
+from twostroke.kv.keys import BlockKey
+
+PolicyName = Literal["lru", "s3-fifo"]
+
+
+class Policy(Protocol):
+    """Knows the keys of a tier, and in which order they go."""
+
+    def add(self, key: BlockKey) -> None:
+        """A block that was not there is stored."""
+        ...
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks that are there were asked for, the last of them last."""
+        ...
+
+    def remove(self, key: BlockKey) -> None:
+        """A block is gone, for another reason than eviction."""
+        ...
+
+    def evict(self, spared: Callable[[BlockKey], bool]) -> BlockKey | None:
+        """The next to go, which is forgotten by this. None if all are ``spared``."""
+        ...
+
+
+class Lru:
+    """The one that was not asked for for the longest time."""
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[BlockKey, None] = OrderedDict()  # the next to go first
+
+    def add(self, key: BlockKey) -> None:
+        """See ``Policy.add``."""
+        self._keys[key] = None
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """See ``Policy.touch``."""
+        move = self._keys.move_to_end
+        for key in keys:
+            move(key)
+
+    def remove(self, key: BlockKey) -> None:
+        """See ``Policy.remove``."""
+        del self._keys[key]
+
+    def evict(self, spared: Callable[[BlockKey], bool]) -> BlockKey | None:
+        """See ``Policy.evict``."""
+        victim = next((key for key in self._keys if not spared(key)), None)
+        if victim is not None:
+            del self._keys[victim]
+        return victim
+
+
+class S3Fifo:
+    """Three first-in-first-out queues: *small* for what is new, *main* for what was asked for again, and *ghost*, which
+    remembers what left small unasked for, so that it enters main when it comes back.
+    """
+
+    _SHARE = 10  # small holds one part in this many
+    _MOST = 3  # uses that are counted
+
+    def __init__(self) -> None:
+        self._small: OrderedDict[BlockKey, int] = OrderedDict()  # with how often each was asked for since it came
+        self._main: OrderedDict[BlockKey, int] = OrderedDict()
+        self._ghost: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def add(self, key: BlockKey) -> None:
+        """See ``Policy.add``."""
+        if key in self._ghost:
+            del self._ghost[key]
+            self._main[key] = 0
+        else:
+            self._small[key] = 0
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """See ``Policy.touch``."""
+        small, main, most = self._small, self._main, self._MOST
+        for key in keys:
+            queue = small if key in small else main
+            if (uses := queue[key]) < most:
+                queue[key] = uses + 1
+
+    def remove(self, key: BlockKey) -> None:
+        """See ``Policy.remove``."""
+        del (self._small if key in self._small else self._main)[key]
+
+    def evict(self, spared: Callable[[BlockKey], bool]) -> BlockKey | None:
+        """See ``Policy.evict``."""
+        # Each turn takes one use off a key, moves it to main, or passes over one that is spared.
+        patience = (self._MOST + 2) * (len(self._small) + len(self._main))
+        for _ in range(patience):
+            if self._small and (len(self._small) * self._SHARE >= len(self._small) + len(self._main) or not self._main):
+                key, uses = self._small.popitem(last=False)
+                if uses:
+                    self._main[key] = 0
+                elif spared(key):
+                    self._small[key] = 0
+                else:
+                    self._remember(key)
+                    return key
+            else:
+                key, uses = self._main.popitem(last=False)
+                if uses or spared(key):
+                    self._main[key] = max(uses - 1, 0)
+                else:
+                    return key
+        return None
+
+    def _remember(self, key: BlockKey) -> None:
+        self._ghost[key] = None
+        if len(self._ghost) > len(self._small) + len(self._main):
+            self._ghost.popitem(last=False)
+
+
+POLICIES: dict[PolicyName, Callable[[], Policy]] = {"lru": Lru, "s3-fifo": S3Fifo}

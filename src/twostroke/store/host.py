@@ -1,0 +1,105 @@
+"""The host-memory tier: an arena of slots in a memory file, like a CPU worker's pool."""
+
+import uuid
+from collections.abc import Callable, Sequence
+
+from twostroke.errors import MemoryTooSmall
+from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import PoolMemory
+from twostroke.messages import PoolAddress
+from twostroke.store.direct import copy
+from twostroke.store.eviction import Policy, S3Fifo
+from twostroke.store.format import Sealed
+from twostroke.store.slots import SlotTier
+
+_THREADS = 2  # what it takes to saturate memory
+
+
+class _Arena:
+    """See ``Medium``: all slots are there from the start, and gone with the process."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self._slots = slots
+        self._memory: PoolMemory | None = None
+        self.digests: list[bytes] = [b""] * slots
+
+    def open(self) -> list[tuple[BlockKey, int]]:
+        """See ``Medium.open``."""
+        self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex)
+        return []
+
+    def size(self) -> int:
+        """See ``Medium.size``."""
+        return self._slots
+
+    def grow(self) -> int:
+        """See ``Medium.grow``."""
+        return self._slots
+
+    def read(self, slot: int, key: BlockKey) -> Sealed:
+        """See ``Medium.read``."""
+        return Sealed(self._view(slot), self.digests[slot])
+
+    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
+        """See ``Medium.write``."""
+        copy(self._view(slot), block.payload)
+        self.digests[slot] = block.digest
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """See ``Medium.commit``."""
+
+    def forget(self, slot: int) -> None:
+        """See ``Medium.forget``."""
+
+    def close(self) -> None:
+        """See ``Medium.close``."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    @property
+    def address(self) -> PoolAddress:
+        """Where others on this machine find the slots."""
+        assert self._memory is not None, "it is open"
+        return self._memory.address
+
+    def _view(self, slot: int) -> memoryview:
+        assert self._memory is not None, "it is open"
+        view: memoryview = self._memory.slots[slot].data
+        return view
+
+
+class Loan:
+    """Blocks of the arena that stay where they are until ``release``."""
+
+    def __init__(self, tier: "HostTier", keys: Sequence[BlockKey]) -> None:
+        self._shelf = tier._shelf
+        self._keys = keys
+        self.slots = self._shelf.pin(keys)
+        self.digests = b"".join(tier.arena.digests[slot] for slot in self.slots)
+
+    def release(self) -> None:
+        """They may be evicted."""
+        for key, slot in zip(self._keys, self.slots, strict=False):
+            self._shelf.unpin(key, slot)
+
+
+class HostTier(SlotTier):
+    """See ``SlotTier``. Processes of the same user on this machine can map its arena, as they can a worker's pool."""
+
+    def __init__(self, block_bytes: int, capacity: int, policy: Callable[[], Policy] = S3Fifo) -> None:
+        """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
+
+        Raises:
+            MemoryTooSmall: it would not hold one block.
+        """
+        slots = capacity // block_bytes
+        if slots < 1:
+            raise MemoryTooSmall(f"a host tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
+        self.arena = _Arena(slots, block_bytes)
+        super().__init__("host", self.arena, policy, capacity=capacity, threads=_THREADS)
+
+    def lend(self, keys: Sequence[BlockKey]) -> Loan:
+        """Hold the longest prefix of these blocks that is here, for somebody who reads them by himself."""
+        return Loan(self, keys)

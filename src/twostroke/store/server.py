@@ -1,0 +1,392 @@
+"""The cache service: tiers of its own, for any number of workers. ``service.py`` is the client's end.
+
+Each connection has a thread, which reads requests and sends blocks straight out of the tier's memory; index and
+decisions are the event loop's, as everywhere in the store.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from itertools import takewhile
+from typing import Any, TypeVar
+
+from twostroke.errors import StartupError
+from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import host_id
+from twostroke.links.wire import Wire
+from twostroke.messages import TierReport
+from twostroke.store.format import Corrupt, Sealed, verify
+from twostroke.store.frames import (
+    BLOCK,
+    HEADER,
+    NONCE,
+    Answer,
+    Ask,
+    Borrow,
+    Challenge,
+    Done,
+    Get,
+    Has,
+    Hello,
+    Kind,
+    Lent,
+    Mask,
+    Message,
+    Proof,
+    Put,
+    Refused,
+    Request,
+    Wanted,
+    block_head,
+    check_proof,
+    message,
+    parse_header,
+    parse_message,
+    parse_request,
+    prove,
+    split,
+)
+from twostroke.store.host import HostTier
+from twostroke.store.service import BATCH_BYTES, PATIENCE, SLOWEST
+from twostroke.store.slots import SlotTier
+from twostroke.store.store import Hold, Store
+from twostroke.store.tier import Source, TierFailed
+
+log = logging.getLogger(__name__)
+IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
+MAX_CONNECTIONS = 256
+_CALL_SECONDS = 30.0
+Result = TypeVar("Result")
+Make = Callable[[str, int], Sequence[SlotTier]]  # tiers for a layout: fingerprint, bytes of a block
+
+
+class _Nothing:
+    """A hold on no blocks: the service has no pool above its tiers."""
+
+    keys: Sequence[BlockKey] = ()
+
+    @property
+    def source(self) -> Source:
+        raise AssertionError("nothing is held")
+
+    def release(self) -> None:
+        """There is nothing to release."""
+
+
+class _NoPool:
+    """See ``Origin``."""
+
+    def hold(self, keys: Sequence[BlockKey]) -> Hold:
+        """See ``Origin.hold``."""
+        return _Nothing()
+
+
+class Shop:
+    """The blocks of one layout. All methods are called on the event loop."""
+
+    def __init__(self, tiers: Sequence[SlotTier], block_bytes: int, ttl: float | None) -> None:
+        """``ttl``: seconds after which a block is forgotten that nobody has written again."""
+        self._tiers = tiers
+        self.store = Store(tiers, block_bytes)
+        self.block_bytes = block_bytes
+        self._ttl = ttl
+        self._born: OrderedDict[BlockKey, float] = OrderedDict()  # monotonic: clocks may be moved
+
+    async def open(self) -> None:
+        """Open the tiers. What is in them already is as old as this start."""
+        await self.store.open(_NoPool())
+
+    async def has(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which of the blocks are here."""
+        found = await asyncio.gather(*(stage.contains(keys) for stage in self.store.stages))
+        return [any(here) and self._fresh(key) for key, here in zip(keys, zip(*found, strict=True), strict=True)]
+
+    async def get(self, keys: Sequence[BlockKey], target: "_Outlet") -> None:
+        """Give those of the first blocks that are here, from whatever tier, to ``target``."""
+        where = await self.store.find(list(takewhile(self._fresh, keys)))
+        done = 0
+        while done < len(where):
+            level = where[done]
+            end = next((i for i in range(done, len(where)) if where[i] != level), len(where))
+            end = min(end, done + self.store.batch)
+            target.first = done
+            got = await self.store.get(level, keys[done:end], target)
+            if level and got:
+                self.store.offer(keys[done : done + got])
+            done += got
+            if not got:
+                break
+
+    async def lend(self, keys: Sequence[BlockKey], host: str) -> tuple[Lent, Callable[[], None]] | None:
+        """Hold blocks in the first tier for a client on that host, until the second result is called. None if it cannot
+        map that tier's memory.
+        """
+        tier = self._tiers[0]
+        if host != host_id() or not isinstance(tier, HostTier) or not self.store.stages[0].in_service:
+            return None
+        fresh = list(takewhile(self._fresh, keys))
+        await self.store.stages[0].contains(fresh)  # they are used
+        loan = tier.lend(fresh)
+        self.store.stages[0].count("hits", len(loan.slots))
+        return Lent(tier.arena.address, loan.slots, loan.digests), loan.release
+
+    async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
+        """Store blocks; how many of them are here now. They sink from the first tier into the others."""
+        stored = await self.store.stages[0].put(keys, source)
+        now = time.monotonic()
+        for key in keys:
+            self._born[key] = now
+            self._born.move_to_end(key)
+        self.store.offer(keys, below=1)
+        return stored
+
+    def expire(self) -> None:
+        """Give up what is too old."""
+        if self._ttl is None:
+            return
+        oldest, old = time.monotonic() - self._ttl, []
+        while self._born and next(iter(self._born.values())) < oldest:
+            old.append(self._born.popitem(last=False)[0])
+        for tier in self._tiers:
+            tier.drop(old)
+
+    def _fresh(self, key: BlockKey) -> bool:
+        if self._ttl is None:
+            return True
+        now = time.monotonic()
+        return now < self._born.setdefault(key, now) + self._ttl
+
+
+class Server:
+    """Listens, and serves each connection in a thread of its own."""
+
+    def __init__(self, listening: socket.socket, make: Make, secret: str, *, ttl: float | None, layouts: int) -> None:
+        """Takes the socket over. ``make`` is called once for each of at most ``layouts`` layouts."""
+        listening.setblocking(True)
+        self._listening = listening
+        self._make = make
+        self._secret = secret
+        self._ttl = ttl
+        self._most = layouts
+        self._shops: dict[tuple[bytes, int], asyncio.Task[Shop]] = {}
+        self._wires: dict[Wire, threading.Thread] = {}
+        self._loop = asyncio.get_running_loop()
+        self._accepting = threading.Thread(target=self._accept, name="store-server", daemon=True)
+        self._sweeping = asyncio.create_task(self._sweep())
+        self._closed = False
+
+    def start(self) -> None:
+        """Answer."""
+        self._accepting.start()
+
+    async def close(self) -> None:
+        """End every connection, and let go of all tiers."""
+        self._closed = True
+        self._sweeping.cancel()
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes ``accept``
+        self._listening.close()
+        for wire, thread in list(self._wires.items()):
+            wire.abort()
+            await asyncio.to_thread(thread.join, _CALL_SECONDS)
+        for shop in self._shops.values():
+            with suppress(TierFailed, StartupError):
+                await (await shop).store.close()
+
+    async def _sweep(self) -> None:
+        while self._ttl is not None:
+            await asyncio.sleep(min(self._ttl / 4, 30.0))
+            for shop in self._shops.values():
+                if shop.done() and not shop.cancelled() and shop.exception() is None:
+                    shop.result().expire()
+
+    async def _shop(self, hello: Hello) -> Shop:
+        """Of a layout, opened when it is first asked for. ``TierFailed`` if there are too many."""
+        layout = (hello.fingerprint, hello.block_bytes)
+        if layout not in self._shops:
+            if len(self._shops) >= self._most:
+                raise TierFailed(f"this service keeps blocks of {self._most} layouts (--layouts), and has as many")
+            self._shops[layout] = asyncio.create_task(self._open(hello))
+        try:
+            return await asyncio.shield(self._shops[layout])
+        except StartupError as error:
+            raise TierFailed(error.message) from error
+
+    async def _open(self, hello: Hello) -> Shop:
+        tiers = await asyncio.to_thread(self._make, hello.fingerprint.hex(), hello.block_bytes)
+        shop = Shop(tiers, hello.block_bytes, self._ttl)
+        await shop.open()
+        log.info("layout %s: blocks of %d bytes", hello.fingerprint.hex(), hello.block_bytes)
+        return shop
+
+    # -- in threads ----------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connected, _ = self._listening.accept()
+            except OSError as error:
+                if not self._closed:
+                    log.warning("cannot take a connection: %s", error)
+                    time.sleep(0.1)
+                continue
+            if len(self._wires) >= MAX_CONNECTIONS:
+                connected.close()
+                continue
+            wire = Wire(connected)
+            self._wires[wire] = threading.Thread(target=self._serve, args=[wire], name="store-server", daemon=True)
+            self._wires[wire].start()
+
+    def _serve(self, wire: Wire) -> None:
+        try:
+            hello = self._admit(wire)
+            shop = self._call(self._shop(hello))
+            while True:
+                self._answer(wire, shop, parse_request(_body(wire, IDLE_SECONDS)))
+        except (OSError, TimeoutError) as error:
+            log.debug("a connection ended: %s", error)
+        except TierFailed as error:
+            log.info("a client was refused: %s", error)
+            with suppress(OSError):
+                wire.send(message(Refused(str(error)[:1024])), seconds=PATIENCE)
+                wire.hang_up(PATIENCE)
+        finally:
+            wire.close()
+            del self._wires[wire]
+
+    def _admit(self, wire: Wire) -> Hello:
+        hello = _receive(wire, Hello)
+        challenge = Challenge(os.urandom(NONCE))
+        _send(wire, challenge)
+        check_proof(_receive(wire, Proof), prove("client", self._secret, hello, challenge))
+        _send(wire, prove("server", self._secret, hello, challenge))
+        return hello
+
+    def _answer(self, wire: Wire, shop: Shop, request: Request) -> None:
+        match request:
+            case Has(keys):
+                _send(wire, Mask(bytes(self._call(shop.has(split(keys))))))
+            case Get(keys):
+                outlet = _Outlet(wire)
+                try:
+                    self._call(shop.get(split(keys), outlet))
+                finally:
+                    outlet.close()
+                _send(wire, Done(outlet.sent))
+            case Put(keys):
+                wanted = split(keys)
+                mask = [not here for here in self._call(shop.has(wanted))]
+                _send(wire, Mask(bytes(mask)))
+                blocks = _take(wire, shop.block_bytes, len(wanted))
+                stored = self._call(shop.put([wanted[index] for index in blocks], _Taken(list(blocks.values()))))
+                _send(wire, Done(stored + mask.count(False)))
+            case Borrow(keys, host):
+                self._lend(wire, shop, split(keys), host)
+            case Ask():
+                _send(wire, Answer(self._call(_reports(shop))))
+
+    def _lend(self, wire: Wire, shop: Shop, keys: Sequence[BlockKey], host: str) -> None:
+        loan = self._call(shop.lend(keys, host))
+        if loan is None:
+            _send(wire, Lent(None, [], b""))
+            return
+        lent, release = loan
+        try:
+            _send(wire, lent)
+            if lent.slots:
+                seconds = PATIENCE + len(lent.slots) * shop.block_bytes / SLOWEST
+                parse_message(_body(wire, seconds), Done)
+                _send(wire, Done(len(lent.slots)))
+        finally:
+            self._loop.call_soon_threadsafe(release)
+
+    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """On the event loop."""
+        if self._closed:
+            work.close()
+            raise TierFailed("the service is shutting down")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_SECONDS)
+
+
+class _Outlet:
+    """See ``Target``: sends blocks as they are read, from several threads."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.first = 0  # index of the first block of the present call
+        self.sent = 0
+        self._wire = wire
+        self._lock = threading.Lock()
+        self._open = True
+
+    def place(self, index: int, block: Sealed) -> bool:
+        """See ``Target.place``."""
+        with self._lock:
+            if not self._open:
+                return False
+            try:
+                seconds = PATIENCE + len(block.payload) / SLOWEST
+                self._wire.send(block_head(self.first + index, block), block.payload, seconds=seconds)
+            except OSError:
+                self._open = False
+                return False
+            self.sent += 1
+            return True
+
+    def close(self) -> None:
+        """Nothing more is sent. ``OSError`` if the client is gone or too slow."""
+        with self._lock:
+            gone, self._open = not self._open, False
+        if gone:
+            raise ConnectionError("the client is gone, or too slow")
+
+
+class _Taken:
+    """See ``Source``: blocks that a client has sent."""
+
+    def __init__(self, blocks: Sequence[Sealed]) -> None:
+        self._blocks = blocks
+
+    def block(self, index: int) -> Sealed | None:
+        """See ``Source.block``."""
+        return self._blocks[index]
+
+
+async def _reports(shop: Shop) -> list[TierReport]:
+    return shop.store.reports()
+
+
+def _send(wire: Wire, content: Message) -> None:
+    wire.send(message(content), seconds=PATIENCE)
+
+
+def _receive(wire: Wire, wanted: type[Wanted]) -> Wanted:
+    return parse_message(_body(wire, PATIENCE), wanted)
+
+
+def _body(wire: Wire, seconds: float) -> bytearray:
+    """Of the next message, which must begin to come within so many seconds."""
+    _, size = parse_header(wire.take(HEADER.size, time.monotonic() + seconds))
+    return wire.take(size, time.monotonic() + PATIENCE)
+
+
+def _take(wire: Wire, block_bytes: int, most: int) -> dict[int, Sealed]:
+    """Blocks by index, verified, up to ``Done``."""
+    blocks: dict[int, Sealed] = {}
+    while True:
+        deadline = time.monotonic() + PATIENCE + block_bytes / SLOWEST
+        kind, size = parse_header(wire.take(HEADER.size, deadline), block_bytes)
+        if kind is Kind.MESSAGE:
+            parse_message(wire.take(size, deadline), Done)
+            return blocks
+        index, digest = BLOCK.unpack(wire.take(BLOCK.size, deadline))
+        if index >= most or index in blocks or (blocks and (len(blocks) + 1) * block_bytes > BATCH_BYTES):
+            raise TierFailed("more blocks were sent than were asked for")
+        payload = memoryview(wire.take(block_bytes, deadline))
+        with suppress(Corrupt):  # damaged on the way: the client keeps it
+            blocks[index] = verify(Sealed(payload, digest))

@@ -1,0 +1,291 @@
+"""A tier that is a cache service: the client's end. Each of a few threads has a connection of its own. On the service's
+machine blocks are read out of its memory, which holds them meanwhile; elsewhere they come over the connection.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from twostroke.errors import HandoverFailed
+from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import Bytes, host_id, map_peer
+from twostroke.links.wire import Wire
+from twostroke.messages import PoolAddress, TierReport
+from twostroke.store.direct import aligned
+from twostroke.store.format import Corrupt, Sealed, verify
+from twostroke.store.frames import (
+    BLOCK,
+    HEADER,
+    MAX_KEYS,
+    NONCE,
+    Answer,
+    Ask,
+    Borrow,
+    Challenge,
+    Done,
+    Get,
+    Has,
+    Hello,
+    Kind,
+    Lent,
+    Mask,
+    Message,
+    Proof,
+    Put,
+    Wanted,
+    block_head,
+    check_proof,
+    message,
+    parse_header,
+    parse_message,
+    prove,
+)
+from twostroke.store.threads import Threads
+from twostroke.store.tier import Source, Target, TierFailed, Usage
+
+log = logging.getLogger(__name__)
+PATIENCE = 2.0  # seconds: to connect, and without a byte
+SLOWEST = 32 << 20  # bytes a second
+BATCH_BYTES = 8 << 20  # that the service holds for one ``Put``
+_THREADS = 4
+_LEAST = 8  # blocks that are worth a connection of their own
+Result = TypeVar("Result")
+
+
+class Session:
+    """One connection whose other end has proved itself. Used by one thread."""
+
+    def __init__(self, host: str, port: int, fingerprint: bytes, block_bytes: int, secret: str) -> None:
+        """Connect. ``OSError`` if that fails, ``TierFailed`` if the service refuses."""
+        self.maps = True  # whether the service's memory can be mapped, as far as we know
+        self._block_bytes = block_bytes
+        self._buffer = aligned(block_bytes)[:block_bytes]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.wire = Wire(socket.socket(family, socket.SOCK_STREAM))
+        try:
+            self.wire.connect(str(address[0]), port, PATIENCE)
+            hello = Hello(os.urandom(NONCE), fingerprint, block_bytes)
+            challenge = self.ask(hello, Challenge)
+            check_proof(
+                self.ask(prove("client", secret, hello, challenge), Proof), prove("server", secret, hello, challenge)
+            )
+        except BaseException:
+            self.wire.close()
+            raise
+
+    def say(self, content: Message) -> None:
+        """Send a message."""
+        self.wire.send(message(content), seconds=PATIENCE)
+
+    def hear(self, wanted: type[Wanted]) -> Wanted:
+        """Receive a message."""
+        _, size = parse_header(self.wire.take(HEADER.size, self._deadline()))
+        return parse_message(self.wire.take(size, self._deadline()), wanted)
+
+    def ask(self, content: Message, wanted: type[Wanted]) -> Wanted:
+        """Send a message and receive the answer."""
+        self.say(content)
+        return self.hear(wanted)
+
+    def blocks(self) -> Iterator[tuple[int, Sealed]]:
+        """Blocks with their indices, not yet verified, each good until the next; up to ``Done``."""
+        while True:
+            kind, size = parse_header(self.wire.take(HEADER.size, self._deadline()), self._block_bytes)
+            if kind is Kind.MESSAGE:
+                parse_message(self.wire.take(size, self._deadline()), Done)
+                return
+            index, digest = BLOCK.unpack(self.wire.take(BLOCK.size, self._deadline()))
+            self.wire.receive(self._buffer, self._deadline())
+            yield index, Sealed(self._buffer, digest)
+
+    def send(self, index: int, block: Sealed) -> None:
+        """Send a block."""
+        seconds = PATIENCE + self._block_bytes / SLOWEST
+        self.wire.send(block_head(index, block), block.payload, seconds=seconds)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + PATIENCE + self._block_bytes / SLOWEST
+
+
+class ServiceTier:
+    """See ``Tier``."""
+
+    def __init__(self, host: str, port: int, block_bytes: int, fingerprint: str, secret: str) -> None:
+        """``secret``: the cluster's."""
+        self.name = "service"
+        self._where = (host, port)
+        self._block_bytes = block_bytes
+        self._fingerprint = bytes.fromhex(fingerprint)
+        self._secret = secret
+        self._threads = Threads(_THREADS, self.name)
+        self._local = threading.local()
+        self._sessions: set[Session] = set()
+        self._reports: list[TierReport] = []
+        self._damaged = 0
+        self._memory: tuple[PoolAddress, Bytes] | None = None  # the service's, mapped
+        self._lock = threading.Lock()  # of that
+        self.mapped = 0  # blocks that were read out of it
+
+    async def open(self) -> None:
+        """See ``Tier.open``."""
+        self._reports = (await self._run(lambda session: session.ask(Ask(), Answer))).tiers
+
+    async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """See ``Tier.contains``."""
+        found: list[bool] = []
+        for first in range(0, len(keys), MAX_KEYS):
+            some = keys[first : first + MAX_KEYS]
+            mask = (await self._run(lambda session, some=some: session.ask(Has(b"".join(some)), Mask))).mask  # type: ignore[misc]
+            if len(mask) != len(some):
+                raise TierFailed("the service answered for other blocks")
+            found += [bool(here) for here in mask]
+        return found
+
+    async def get(self, keys: Sequence[BlockKey], target: Target) -> int:
+        """See ``Tier.get``."""
+        parts = max(1, min(2, len(keys) // _LEAST))
+        edges = [len(keys) * part // parts for part in range(parts + 1)]
+        came: set[int] = set()
+
+        def part(number: int) -> None:
+            first, end = edges[number], edges[number + 1]
+            came.update(self._with_session(lambda session: self._get(session, keys[first:end], first, target)))
+
+        try:
+            await self._threads.each(part, parts)
+        except OSError as error:
+            raise TierFailed(str(error)) from error
+        return next(index for index in range(len(keys) + 1) if index not in came)
+
+    async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
+        """See ``Tier.put``."""
+        size = max(1, min(MAX_KEYS, BATCH_BYTES // self._block_bytes))
+        stored = 0
+        for first in range(0, len(keys), size):
+            some = keys[first : first + size]
+            stored += await self._run(lambda session, some=some, first=first: _put(session, some, first, source))  # type: ignore[misc]
+        self._reports = (await self._run(lambda session: session.ask(Ask(), Answer))).tiers
+        return stored
+
+    def usage(self) -> Usage:
+        """See ``Tier.usage``: the service's, of this layout and all workers, when it was last asked."""
+        reports = self._reports
+        return Usage(
+            capacity=sum(report.capacity for report in reports),
+            used=sum(report.used for report in reports),
+            blocks=max((report.blocks for report in reports), default=0),
+            evictions=sum(report.evictions for report in reports),
+            damaged=self._damaged + sum(report.damaged for report in reports),
+        )
+
+    async def close(self) -> None:
+        """See ``Tier.close``."""
+        self._threads.close()
+        for session in list(self._sessions):
+            session.wire.abort()
+            session.wire.close()
+        self._memory = None
+
+    def _get(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
+        """Indices of the blocks that came whole."""
+        came = self._borrow(session, keys, first, target) if session.maps else set()
+        lent = len(came)
+        keys = keys[lent:]
+        first += lent
+        if not keys:
+            return came
+        session.say(Get(b"".join(keys)))
+        for index, block in session.blocks():
+            if not 0 <= index < len(keys):
+                raise TierFailed("the service sent a block that was not asked for")
+            try:
+                verify(block)
+            except Corrupt:
+                self._damaged += 1
+                continue
+            if target.place(first + index, block):
+                came.add(first + index)
+        return came
+
+    def _borrow(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
+        """Read the first blocks out of the service's memory, as many as are there."""
+        lent = session.ask(Borrow(b"".join(keys), host_id()), Lent)
+        if lent.pool is None:
+            session.maps = False
+        if lent.pool is None or not lent.slots:
+            return set()
+        if len(lent.slots) > len(keys) or len(lent.digests) != 16 * len(lent.slots):
+            raise TierFailed("the service lent other blocks")
+        memory = self._map(lent.pool)
+        came: set[int] = set()
+        for index, slot in enumerate(lent.slots if memory is not None else ()):
+            if memory is None or slot >= len(memory):
+                break
+            block = Sealed(memory[slot].data, lent.digests[16 * index : 16 * index + 16])
+            try:
+                placed = target.place(first + index, verify(block))
+            except Corrupt:
+                self._damaged += 1
+                break
+            if not placed:
+                break
+            came.add(first + index)
+        session.ask(Done(len(came)), Done)  # they were held all the time
+        if memory is None:
+            session.maps = False
+        self.mapped += len(came)
+        return came
+
+    def _map(self, pool: PoolAddress) -> Bytes | None:
+        """The service's memory; None if it cannot be mapped."""
+        with self._lock:
+            if self._memory is None or self._memory[0] != pool:
+                self._memory = None
+                try:
+                    if pool.block_bytes == self._block_bytes:
+                        self._memory = pool, map_peer(pool)
+                except HandoverFailed as error:
+                    log.info("the cache service's memory is not mapped: %s", error.message)
+            return self._memory[1] if self._memory is not None else None
+
+    async def _run(self, work: Callable[[Session], Result]) -> Result:
+        try:
+            return await self._threads.run(lambda: self._with_session(work))
+        except OSError as error:
+            raise TierFailed(str(error)) from error
+
+    def _with_session(self, work: Callable[[Session], Result]) -> Result:
+        """Call ``work`` with this thread's session, a new one if the service has hung up since."""
+        session: Session | None = getattr(self._local, "session", None)
+        if session is None or not session.wire.quiet:
+            if session is not None:
+                self._drop(session)
+            session = self._local.session = Session(*self._where, self._fingerprint, self._block_bytes, self._secret)
+            self._sessions.add(session)
+        try:
+            return work(session)
+        except BaseException:
+            self._drop(session)
+            raise
+
+    def _drop(self, session: Session) -> None:
+        session.wire.close()
+        self._sessions.discard(session)
+        self._local.session = None
+
+
+def _put(session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> int:
+    """How many of the blocks the service has now."""
+    wanted = session.ask(Put(b"".join(keys)), Mask).mask
+    if len(wanted) != len(keys):
+        raise TierFailed("the service answered for other blocks")
+    for index, want in enumerate(wanted):
+        block = source.block(first + index) if want else None
+        if block is not None:
+            session.send(index, block)
+    session.say(Done(0))
+    return session.hear(Done).count

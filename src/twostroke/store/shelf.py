@@ -1,0 +1,139 @@
+"""The account of a tier's slots: which hold a block, which are being written, which are free. Pure, no memory.
+
+Each slot is in exactly one state, so ``free + filling + stored + bad == total`` always holds. A slot that is pinned is
+being read, and keeps its block until it is not.
+
+Not thread-safe: a tier touches it on the event loop alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import compress
+
+from twostroke.kv.keys import BlockKey
+from twostroke.store.eviction import Policy
+
+_MOST_BAD = 8  # at most one slot in this many is set aside
+
+
+class Shelf:
+    """Hands out slots of one medium and remembers which block is in which."""
+
+    def __init__(self, total: int, policy: Policy) -> None:
+        self.total = total
+        self.evictions = 0
+        self._policy = policy
+        self._free = list(range(total - 1, -1, -1))  # low numbers first, so that a file grows from its start
+        self._slot: dict[BlockKey, int] = {}
+        self._filling: dict[BlockKey, int] = {}
+        self._pins: dict[BlockKey, int] = {}
+        self._bad: list[int] = []
+        self._held: dict[int, bool] = {}  # slots of discarded blocks that are still being read: are they bad?
+
+    @property
+    def stored(self) -> int:
+        """How many blocks can be found."""
+        return len(self._slot)
+
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    @property
+    def filling(self) -> int:
+        """Slots that are being written, or still being read though their block is given up."""
+        return len(self._filling) + len(self._held)
+
+    @property
+    def bad(self) -> int:
+        """Slots that are set aside."""
+        return len(self._bad)
+
+    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which of the blocks are here. To ask is to use them: a prefix is younger than what depends on it."""
+        slots = self._slot
+        found = [key in slots for key in keys]
+        here = list(compress(keys, found))
+        here.reverse()
+        self._policy.touch(here)
+        return found
+
+    def keys(self) -> list[BlockKey]:
+        """Every block that can be found."""
+        return list(self._slot)
+
+    def restore(self, slots: Iterable[tuple[BlockKey, int]]) -> None:
+        """Blocks that were found in these slots of an empty shelf, the next to be evicted first. Of a block that is
+        there twice the last counts.
+        """
+        self._slot = dict(slots)
+        for key in self._slot:
+            self._policy.add(key)
+        taken = set(self._slot.values())
+        self._free = [slot for slot in range(self.total - 1, -1, -1) if slot not in taken]
+
+    def extend(self, total: int) -> None:
+        """The medium has ``total`` slots now."""
+        self._free = [*range(total - 1, self.total - 1, -1), *self._free]
+        self.total = total
+
+    def pin(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Slots of the longest prefix of ``keys`` that is here; they keep their blocks until ``unpin``."""
+        slots = []
+        for key in keys:
+            slot = self._slot.get(key)
+            if slot is None:
+                break
+            self._pins[key] = self._pins.get(key, 0) + 1
+            slots.append(slot)
+        return slots
+
+    def unpin(self, key: BlockKey, slot: int) -> None:
+        """A block that was pinned in ``slot`` is no longer read."""
+        self._pins[key] -= 1
+        if self._pins[key]:
+            return
+        del self._pins[key]
+        if slot in self._held:
+            self._put_away(slot, self._held.pop(slot))
+
+    def take(self, key: BlockKey) -> int | None:
+        """A slot to write the block into, evicting others as needed. None if it is here, or everything is in use."""
+        if key in self._slot or key in self._filling or key in self._pins:
+            return None
+        if not self._free:
+            victim = self._policy.evict(self._pins.__contains__)
+            if victim is None:
+                return None
+            self._free.append(self._slot.pop(victim))
+            self.evictions += 1
+        slot = self._filling[key] = self._free.pop()
+        return slot
+
+    def publish(self, key: BlockKey) -> None:
+        """The block is written as a whole, and can be found from now on."""
+        self._slot[key] = self._filling.pop(key)
+        self._policy.add(key)
+
+    def cancel(self, key: BlockKey) -> None:
+        """The block could not be written."""
+        self._free.append(self._filling.pop(key))
+
+    def discard(self, key: BlockKey, *, bad: bool = True) -> None:
+        """Give up a block. If it is damaged its slot is set aside, since the next one might fare no better there."""
+        slot = self._slot.pop(key, None)
+        if slot is None:
+            return
+        self._policy.remove(key)
+        if key in self._pins:
+            self._held[slot] = bad
+        else:
+            self._put_away(slot, bad)
+
+    def _put_away(self, slot: int, bad: bool) -> None:
+        if not bad:
+            self._free.append(slot)
+            return
+        self._bad.insert(0, slot)
+        if len(self._bad) * _MOST_BAD > self.total:
+            self._free.insert(0, self._bad.pop())

@@ -1,0 +1,217 @@
+"""A tier made of equal slots in some medium: the index, eviction and pins are the same in memory and on disk."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from twostroke.kv.keys import BlockKey
+from twostroke.store.direct import NO_ROOM
+from twostroke.store.eviction import Policy
+from twostroke.store.format import Corrupt, Sealed, verify
+from twostroke.store.shelf import Shelf
+from twostroke.store.threads import Threads
+from twostroke.store.tier import Source, Target, TierFailed, Usage
+
+log = logging.getLogger(__name__)
+PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
+
+
+class Medium(Protocol):
+    """Where slots are. All methods may block and are called in the tier's threads, at most once at a time for a slot.
+
+    Each may raise ``OSError``.
+    """
+
+    slot_bytes: int  # that a slot takes of the budget
+
+    def open(self) -> list[tuple[BlockKey, int]]:
+        """Be ready: blocks that are here already and their slots, the oldest first. The slots are 0 … ``size`` - 1."""
+        ...
+
+    def size(self) -> int:
+        """How many slots there are."""
+        ...
+
+    def grow(self) -> int:
+        """Make more slots if the budget allows; how many there are now. Never called twice at once."""
+        ...
+
+    def read(self, slot: int, key: BlockKey) -> Sealed:
+        """The block in a slot, not yet verified; good until this thread's next call. ``Corrupt`` if it is another."""
+        ...
+
+    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
+        """Put a block into a slot."""
+        ...
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """What was written into these slots is to be found at the next ``open``."""
+        ...
+
+    def forget(self, slot: int) -> None:
+        """What is in the slot is not to be found any more."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. What outlives the process stays."""
+        ...
+
+
+class SlotTier:
+    """See ``Tier``. The index is touched on the event loop alone; threads only move bytes of slots that are held."""
+
+    def __init__(self, name: str, medium: Medium, policy: Callable[[], Policy], *, capacity: int, threads: int) -> None:
+        """``capacity``: bytes that the medium may use."""
+        self.name = name
+        self._medium = medium
+        self._policy = policy
+        self._capacity = capacity
+        self._threads = Threads(threads, name)
+        self._shelf = Shelf(0, policy())
+        self._paused = 0.0  # until when nothing is written
+        self._damaged = 0
+        self._evictions = 0  # of earlier shelves
+        self._growing = asyncio.Lock()
+        self._using = 0  # calls that hold slots of the present shelf
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def open(self) -> None:
+        """See ``Tier.open``."""
+        await self._idle.wait()  # nothing may write into slots that are handed out anew
+        try:
+            found = await self._threads.run(self._reopen)
+        except OSError as error:
+            raise TierFailed(_why(error)) from error
+        self._evictions += self._shelf.evictions
+        self._shelf = Shelf(self._medium.size(), self._policy())
+        self._shelf.restore(found)
+
+    async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """See ``Tier.contains``."""
+        return self._shelf.contains(keys)
+
+    async def get(self, keys: Sequence[BlockKey], target: Target) -> int:
+        """See ``Tier.get``."""
+        shelf, slots = self._shelf, self._shelf.pin(keys)
+
+        def fetch(index: int) -> bool | Corrupt | OSError:
+            try:
+                block = verify(self._medium.read(slots[index], keys[index]))
+            except (Corrupt, OSError) as error:
+                return error
+            return target.place(index, block)
+
+        self._use(1)
+        try:
+            results = await self._threads.each(fetch, len(slots))
+        finally:
+            for key, slot in zip(keys, slots, strict=False):
+                shelf.unpin(key, slot)
+            self._use(-1)
+        await self._give_up([i for i, result in enumerate(results) if isinstance(result, Corrupt)], keys, slots)
+        try:
+            _check(results)
+        except OSError as error:
+            raise TierFailed(_why(error)) from error
+        return next((i for i, result in enumerate(results) if result is not True), len(results))
+
+    async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
+        """See ``Tier.put``."""
+        shelf = self._shelf
+        missing = [i for i, here in enumerate(shelf.contains(keys)) if not here]
+        if not missing or time.monotonic() < self._paused:
+            return len(keys) - len(missing)
+        taken: list[tuple[int, BlockKey, int]] = []
+        written: set[BlockKey] = set()
+        self._use(1)
+        try:
+            await self._make_room(len(missing))
+            for index in missing:
+                if (slot := shelf.take(keys[index])) is not None:
+                    taken.append((index, keys[index], slot))
+            results = await self._threads.each(lambda i: self._store(source, *taken[i]), len(taken))
+            done = [job for job, result in zip(taken, results, strict=True) if result is True]
+            if done:
+                await self._threads.run(lambda: self._medium.commit([slot for _, _, slot in done]))
+            written = {key for _, key, _ in done}
+            _check(results)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise TierFailed(_why(error)) from error
+            log.warning("%s: nothing is written for %.0f s: %s", self.name, PAUSE_SECONDS, _why(error))
+            self._paused = time.monotonic() + PAUSE_SECONDS
+        finally:
+            # From the last to the first, so that a prefix is evicted after what depends on it.
+            for _, key, _ in reversed(taken):
+                shelf.publish(key) if key in written else shelf.cancel(key)
+            self._use(-1)
+        return len(keys) - len(missing) + len(written)
+
+    def drop(self, keys: Sequence[BlockKey]) -> None:
+        """Give up blocks; those that are being read, when they are read. On a disk they are found again at start."""
+        for key in keys:
+            self._shelf.discard(key, bad=False)
+
+    def usage(self) -> Usage:
+        """See ``Tier.usage``."""
+        shelf = self._shelf
+        used = (shelf.total - shelf.free) * self._medium.slot_bytes
+        return Usage(self._capacity, used, shelf.stored, self._evictions + shelf.evictions, self._damaged)
+
+    async def close(self) -> None:
+        """See ``Tier.close``."""
+        await self._idle.wait()
+        await self._threads.run(self._medium.close)
+        self._threads.close()
+
+    def _reopen(self) -> list[tuple[BlockKey, int]]:
+        self._medium.close()
+        return self._medium.open()
+
+    async def _make_room(self, count: int) -> None:
+        """Have the medium grow until ``count`` slots are free, or it cannot."""
+        async with self._growing:
+            while self._shelf.free < count:
+                size = await self._threads.run(self._medium.grow)
+                if size == self._shelf.total:
+                    break
+                self._shelf.extend(size)
+
+    def _store(self, source: Source, index: int, key: BlockKey, slot: int) -> bool | OSError:
+        block = source.block(index)
+        if block is None:
+            return False
+        try:
+            self._medium.write(slot, key, block)
+        except OSError as error:
+            return error
+        return True
+
+    async def _give_up(self, damaged: Sequence[int], keys: Sequence[BlockKey], slots: Sequence[int]) -> None:
+        """Blocks that did not verify are never looked at again."""
+        for index in damaged:
+            log.warning("%s: block %s in slot %d is damaged", self.name, keys[index].hex(), slots[index])
+            self._damaged += 1
+            self._shelf.discard(keys[index])
+            try:
+                await self._threads.run(lambda slot=slots[index]: self._medium.forget(slot))  # type: ignore[misc]
+            except OSError as error:
+                raise TierFailed(_why(error)) from error
+
+    def _use(self, change: int) -> None:
+        self._using += change
+        self._idle.clear() if self._using else self._idle.set()
+
+
+def _check(results: Sequence[object]) -> None:
+    """Raise the first ``OSError`` among them."""
+    for result in results:
+        if isinstance(result, OSError):
+            raise result
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

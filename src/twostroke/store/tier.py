@@ -1,0 +1,152 @@
+"""What a tier is: a place that stores whole blocks by key, and decides nothing but what it evicts.
+
+Bytes pass through two narrow ends, so that a tier knows neither pools nor models: it writes what a ``Source`` gives it,
+and gives what it read, verified, to a ``Target``. Both are called in a tier's own threads.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from twostroke.kv.keys import BlockKey
+from twostroke.store.format import Corrupt, Sealed, verify
+
+
+class TierFailed(Exception):
+    """The tier cannot be used now. ``str`` says why."""
+
+
+class Source(Protocol):
+    """Where blocks come from that a tier is to store."""
+
+    def block(self, index: int) -> Sealed | None:
+        """The block of the ``index``-th key, good until the same thread asks again. None: it is not to be had."""
+        ...
+
+
+class Target(Protocol):
+    """Where blocks go that a tier has read and verified."""
+
+    def place(self, index: int, block: Sealed) -> bool:
+        """Take the block of the ``index``-th key; its bytes may change after this. False: nobody wants it any more."""
+        ...
+
+
+class Usage(Struct, frozen=True):
+    """How full a tier is, and what became of blocks since it was opened."""
+
+    capacity: int  # bytes it may use
+    used: int  # bytes
+    blocks: int
+    evictions: int
+    damaged: int  # blocks that did not verify
+
+
+class Tier(Protocol):
+    """Stores blocks of one layout. Every method is called on the event loop and is never cancelled: whoever has no
+    time to wait for it lets it go on, having told source or target that nothing is wanted any more.
+    """
+
+    name: str
+
+    async def open(self) -> None:
+        """Be ready, with the blocks that are there already. Also called again after a failure.
+
+        Raises:
+            TierFailed: it cannot be.
+        """
+        ...
+
+    async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Which of the blocks are here, each as good as asked for. ``TierFailed`` if it cannot be told."""
+        ...
+
+    async def get(self, keys: Sequence[BlockKey], target: Target) -> int:
+        """Give blocks to ``target``, in any order. How many of the first ones arrived whole; the others are not here.
+
+        Raises:
+            TierFailed: the tier is broken; what was placed is good.
+        """
+        ...
+
+    async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
+        """Store blocks that are not here yet, evicting others. How many of them all are here then.
+
+        Raises:
+            TierFailed: the tier is broken; what is here is good.
+        """
+        ...
+
+    def usage(self) -> Usage:
+        """The present account."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything. What is stored stays where it outlives the process."""
+        ...
+
+
+class MemoryTier:
+    """The twin for tests: a dictionary. ``fails`` makes every call fail."""
+
+    def __init__(self, name: str = "memory", capacity: int = 1 << 30) -> None:
+        self.name = name
+        self.blocks: dict[BlockKey, tuple[bytes, bytes]] = {}  # payload and digest
+        self.fails = ""
+        self._capacity = capacity
+        self._damaged = 0
+        self._evictions = 0
+
+    async def open(self) -> None:
+        """See ``Tier.open``."""
+        self._check()
+
+    async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """See ``Tier.contains``."""
+        self._check()
+        return [key in self.blocks for key in keys]
+
+    async def get(self, keys: Sequence[BlockKey], target: Target) -> int:
+        """See ``Tier.get``."""
+        for index, key in enumerate(keys):
+            self._check()
+            if key not in self.blocks:
+                return index
+            payload, digest = self.blocks[key]
+            try:
+                block = verify(Sealed(memoryview(payload), digest))
+            except Corrupt:
+                self._damaged += 1
+                del self.blocks[key]
+                return index
+            if not target.place(index, block):
+                return index
+        return len(keys)
+
+    async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
+        """See ``Tier.put``."""
+        for index, key in enumerate(keys):
+            self._check()
+            block = None if key in self.blocks else source.block(index)
+            if block is not None:
+                while self.blocks and self._used + len(block.payload) > self._capacity:
+                    del self.blocks[next(iter(self.blocks))]
+                    self._evictions += 1
+                self.blocks[key] = bytes(block.payload), block.digest
+        return sum(key in self.blocks for key in keys)
+
+    def usage(self) -> Usage:
+        """See ``Tier.usage``."""
+        return Usage(self._capacity, self._used, len(self.blocks), self._evictions, self._damaged)
+
+    async def close(self) -> None:
+        """See ``Tier.close``."""
+
+    @property
+    def _used(self) -> int:
+        return sum(len(payload) for payload, _ in self.blocks.values())
+
+    def _check(self) -> None:
+        if self.fails:
+            raise TierFailed(self.fails)

@@ -1,0 +1,54 @@
+"""Rows in which the network between the workers fails."""
+
+from tests.faults.fleet import ATTACH
+from tests.faults.stage import Stage, happened, row
+from tests.links.faults import Faults, Proxy
+
+_SAID = 1200  # bytes that a prefill worker tells a consumer, about
+_SENT = 150_000  # bytes of a prompt's blocks
+
+
+async def _fails(stage: Stage, network: Proxy, faults: Faults) -> None:
+    """The answer is the fault-free one, though the hand-over fails."""
+    network.down = faults
+    id_ = await stage.exactly()
+    happened(await stage.reasons(id_, "fallback"), "the hand-over did not fail")
+    stage.fleet.heal()
+    await stage.freed()
+
+
+@row("half-open TCP: P's stream of events", "detected ≤ 3 s; fall back", "tcp")
+async def events_half_open(stage: Stage) -> None:
+    at = stage.random.randrange(_SAID // 2)
+    await _fails(stage, stage.fleet.control, Faults(where=ATTACH, stall=at, half_open=True))
+
+
+@row("half-open TCP: the link", "detected ≤ 3 s; fall back", "tcp")
+async def link_half_open(stage: Stage) -> None:
+    await _fails(stage, stage.fleet.link, Faults(stall=stage.random.randrange(_SENT), half_open=True))
+
+
+@row("P's stream of events is cut at any byte", "detected ≤ 3 s; fall back", "tcp")
+async def events_cut(stage: Stage) -> None:
+    await _fails(stage, stage.fleet.control, Faults(where=ATTACH, cut=stage.random.randrange(_SAID // 2)))
+
+
+@row("the link is cut at any byte", "detected ≤ 3 s; fall back", "tcp")
+async def link_cut(stage: Stage) -> None:
+    await _fails(stage, stage.fleet.link, Faults(cut=stage.random.randrange(_SENT)))
+
+
+@row("the link is 100 times slower", "detected ≤ 3 s; fall back", "tcp")
+async def link_slow(stage: Stage) -> None:
+    """So slow for the few bytes of a tiny model that computing them is faster."""
+    await _fails(stage, stage.fleet.link, Faults(rate=_SENT / 10))
+
+
+@row("a flipped bit on the TCP link", "detected, refetched or recomputed", "tcp")
+async def bit_flipped(stage: Stage) -> None:
+    at = stage.random.randrange(_SENT)
+    stage.fleet.link.down = faults = Faults(flip=(at,), bit=stage.random.randrange(8))
+    await stage.exactly()
+    happened(not faults.flip, f"byte {at} did not pass")
+    stage.fleet.heal()
+    await stage.freed()

@@ -1,0 +1,127 @@
+"""An event loop whose time passes only while nobody has anything to do, and nodes that can be stopped and killed."""
+
+import asyncio
+import gc
+import heapq
+import random
+import warnings
+from collections.abc import Callable, Coroutine
+from contextvars import Context, ContextVar, copy_context
+from typing import Any
+
+Coro = Coroutine[Any, Any, Any]
+
+
+class Node:
+    """One process: all that runs in its context."""
+
+    def __init__(self, name: str, *, inside: bool = True) -> None:
+        """``inside`` the cluster, or a client."""
+        self.name = name
+        self.inside = inside
+        self.dead = False
+        self.paused = False
+        self.parked: list[asyncio.Handle] = []  # what it would have done while it was paused
+        self.tasks: list[asyncio.Task[Any]] = []  # kept, so that nothing of a dead one is finalized before the end
+
+    def run(self, coro: Coro) -> "asyncio.Task[Any]":
+        """Start a task of this process."""
+        context = copy_context()
+        context.run(HERE.set, self)
+        task = asyncio.get_running_loop().create_task(coro, context=context)
+        self.tasks.append(task)
+        return task
+
+
+HERE: ContextVar[Node | None] = ContextVar("HERE", default=None)
+
+
+class Stuck(Exception):
+    """Virtual time ran out, or nothing will ever happen any more."""
+
+
+class Loop(asyncio.BaseEventLoop):
+    """Runs callbacks in order of their time. What a stopped node would do waits; a dead one does nothing any more."""
+
+    def __init__(self, limit: float) -> None:
+        """``limit``: seconds of virtual time, after which it is ``Stuck``."""
+        super().__init__()
+        self.now = 0.0
+        self._limit = limit
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
+        while scheduled and scheduled[0]._cancelled:
+            heapq.heappop(scheduled)._scheduled = False
+        if not ready:
+            if not scheduled:
+                raise Stuck("nothing will ever happen any more")
+            self.now = max(self.now, scheduled[0]._when)
+            if self.now > self._limit:
+                raise Stuck(f"{self._limit:.0f} s have passed")
+        while scheduled and scheduled[0]._when <= self.now:
+            handle = heapq.heappop(scheduled)
+            handle._scheduled = False
+            ready.append(handle)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            node = handle._context.get(HERE)
+            if handle._cancelled or (node is not None and node.dead):
+                continue
+            if node is not None and node.paused:
+                node.parked.append(handle)
+            else:
+                handle._run()
+
+    def resume(self, node: Node) -> None:
+        """Let a stopped node go on where it was."""
+        node.paused = False
+        self._ready.extend(node.parked)  # type: ignore[attr-defined]
+        node.parked.clear()
+
+    def forget(self) -> None:
+        """Finalize, with nobody hearing of it, what is left pending."""
+        self.call_soon = lambda *_, **__: asyncio.Handle(print, (), self)  # type: ignore[method-assign]
+        tasks = asyncio.all_tasks(self)
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        self._ready.clear()  # type: ignore[attr-defined]
+        self._scheduled.clear()  # type: ignore[attr-defined]
+        asyncio._set_running_loop(self)
+        try:
+            tasks.clear()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of coroutines that never began
+                gc.collect()
+        finally:
+            asyncio._set_running_loop(None)
+        self.close()
+
+    def call_soon_threadsafe(
+        self, callback: Callable[..., object], *args: object, context: Context | None = None
+    ) -> asyncio.Handle:
+        return self.call_soon(callback, *args, context=context)  # there is one thread
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """What was left pending by nodes that died is of no interest; errors show in the outcome."""
+
+    def _process_events(self, event_list: object) -> None: ...
+    def _write_to_self(self) -> None: ...
+
+
+class Dice:
+    """All chance of a schedule comes from its seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def delay(self, mean: float) -> float:
+        """Seconds; usually about ``mean``, now and then very much more."""
+        many = 100 if self.random.random() < 0.02 else 1
+        return self.random.expovariate(1 / mean) * many
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability

@@ -1,0 +1,55 @@
+"""Blocks for tests, and what stands in for a pool."""
+
+import hashlib
+from collections.abc import Sequence
+
+from twostroke.store.format import Sealed, seal
+
+BYTES = 1000  # of a block: no whole number of pages
+FINGERPRINT = "ab" * 16
+OTHER = "cd" * 16
+
+
+def key(number: int) -> bytes:
+    """A block key."""
+    return hashlib.blake2b(b"key %d" % number, digest_size=16).digest()
+
+
+def keys(*numbers: int) -> list[bytes]:
+    """Block keys."""
+    return [key(number) for number in numbers]
+
+
+def payload(one: bytes, size: int = BYTES) -> bytes:
+    """What belongs to a key."""
+    return (one * (size // len(one) + 1))[:size]
+
+
+class Given:
+    """A source that has every block but those that are ``gone``."""
+
+    def __init__(self, asked: Sequence[bytes], gone: Sequence[int] = (), size: int = BYTES) -> None:
+        self._asked = asked
+        self._gone = gone
+        self._size = size
+
+    def block(self, index: int) -> Sealed | None:
+        return None if index in self._gone else seal(memoryview(payload(self._asked[index], self._size)))
+
+
+class Taken:
+    """A target that keeps what it gets, and wants no more than ``most``."""
+
+    def __init__(self, most: int = 1 << 30) -> None:
+        self.blocks: dict[int, bytes] = {}
+        self._most = most
+
+    def place(self, index: int, block: Sealed) -> bool:
+        if len(self.blocks) >= self._most:
+            return False
+        self.blocks[index] = bytes(block.payload)
+        return True
+
+    def right(self, asked: Sequence[bytes], size: int = BYTES) -> bool:
+        """Whether every block that came is the one that was asked for."""
+        return all(block == payload(asked[index], size) for index, block in self.blocks.items())
