@@ -1,6 +1,7 @@
 """One scheme, running: its processes, from start to stop."""
 
 import asyncio
+import secrets
 import signal
 import tempfile
 import time
@@ -53,7 +54,7 @@ async def running(
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="twostroke-bench-"))
         children: list[Child] = []
         stack.push_async_callback(_stop, children)
-        environment = config.child_environment(config.cluster_secret())
+        environment = config.child_environment(config.cluster_secret() or secrets.token_hex(32))
         up = [*arguments(scratch, beside), "--port", str(port)]
         for line in (*scheme.companions(scratch, beside), up):
             children.append(await Child.start(line[0], line, environment, lambda _, text: say(text)))
