@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from twostroke import __version__, config
+from twostroke.bench.commands import app as bench
 from twostroke.config import EngineConfig, LoadFormat, RouterConfig, UpConfig, WorkerConfig, parse_size
 from twostroke.errors import StartupError
 from twostroke.messages import Role
@@ -26,6 +27,7 @@ app = App(
     version=__version__,
     default_parameter=Parameter(negative=()),
 )
+app.command(bench)
 
 workers = App(name="workers", help="See the workers of a running router, drain them, change their roles.")
 app.command(workers)
@@ -113,6 +115,7 @@ def up(
     link_device: str | None = None,
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
+    parent_pid: ParentPid = None,
 ) -> int:
     """Start the whole system on this machine: a router and its workers. Ctrl-C stops it.
 
@@ -145,6 +148,7 @@ def up(
     insecure
         Listen beyond this machine without a secret.
     """
+    _follow(parent_pid)
     from twostroke.up import run
 
     unset = prefill is None and decode is None and colocated is None
@@ -399,6 +403,21 @@ def chat(
     from twostroke.chat import Chat
 
     return Chat(url, system=system, temperature=temperature, max_tokens=max_tokens).run()
+
+
+def explain(arguments: Sequence[str]) -> dict[str, object]:
+    """What a command line means, without running it: its parameters, and the engine's configuration as "engine".
+
+    Raises:
+        StartupError: it means nothing, or is refused.
+    """
+    try:
+        _, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise StartupError(str(error)) from error
+    options = bound.arguments.get("options", DEFAULT_OPTIONS)
+    config.parse_store(options.store)
+    return {**bound.arguments, "engine": options.config()}
 
 
 @app.command
