@@ -45,7 +45,7 @@ class EngineOptions:
 
     device: str = "auto"
     "cpu, cuda or cuda:1; auto prefers a GPU."
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     "Numbers that weights and KV cache are made of."
     load_format: LoadFormat = "auto"
     "dummy makes random weights from config.json alone."

@@ -89,7 +89,7 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What the engine needs to know, apart from the model itself."""
 
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto is a GPU if torch sees one
-    dtype: str = "bfloat16"
+    dtype: str = "auto"  # bfloat16, or float32 on a CPU that is slower with bfloat16
     load_format: LoadFormat = "auto"
     block_tokens: int = 16
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, activations and KV together

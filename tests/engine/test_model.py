@@ -56,6 +56,17 @@ def test_dtypes_that_do_not_run_on_a_cpu_are_refused(tiny_model: Tiny, dtype: st
         Model(tiny_model("LlamaForCausalLM"), dtype=dtype, block_tokens=16)
 
 
+@pytest.mark.parametrize(
+    ("instructions", "dtype"),
+    [("AVX512", "bfloat16"), ("SVE256", "bfloat16"), ("AVX2", "float32"), ("DEFAULT", "float32")],
+)
+def test_the_dtype_is_by_default_what_the_cpu_computes_faster(
+    tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch, instructions: str, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    assert load(tiny_model("LlamaForCausalLM"), "auto").layout.dtype == dtype
+
+
 def test_bfloat16_runs(tiny_model: Tiny) -> None:
     model = load(tiny_model("Qwen3ForCausalLM"), "bfloat16")
     (sequence,) = sequences([*range(10, 25)], slots=20, block_tokens=4)

@@ -24,8 +24,8 @@ class ModelFacts(Struct, frozen=True):
     kv_values: int  # numbers that one token leaves in the KV cache
 
     def kv_bytes(self, dtype: str) -> int:
-        """Bytes of one token's KV."""
-        return self.kv_values * (4 if dtype == "float32" else 2)
+        """Bytes of one token's KV, at most: "auto" may turn out as float32."""
+        return self.kv_values * (2 if dtype in ("bfloat16", "float16") else 4)
 
 
 class Machine(Struct, frozen=True):

@@ -46,6 +46,11 @@ _TOGETHER = 8  # short prompts that are captured as one step
 _Result = tuple[torch.Tensor, torch.Tensor]  # logits, most probable tokens
 
 
+def usual_dtype() -> str:
+    """What computes fastest."""
+    return "bfloat16"
+
+
 class _Upload:
     """One array of int32 on the device that each step's numbers go to, in one copy."""
 

@@ -37,7 +37,7 @@ class Model:
 
         Args:
             directory: of a Hugging Face model.
-            dtype: of weights and KV.
+            dtype: of weights and KV; "auto" is bfloat16 unless the device computes float32 faster.
             block_tokens: tokens in a block.
             device: "cpu", "cuda" or "cuda:N".
             threads: of the matrix products on a CPU; 0 is what torch would take.
@@ -55,6 +55,8 @@ class Model:
             kind = import_module("twostroke.engine.cuda" if on_gpu else "twostroke.engine.cpu")
         except ImportError as error:
             raise StartupError(f"--device {device}: {error}; install twostroke[{self.device.type}]") from error
+        if dtype == "auto":
+            dtype = kind.usual_dtype()
         if dtype not in kind.DTYPES:
             raise StartupError(f"dtype {dtype!r} does not run on {self.device}: use {' or '.join(kind.DTYPES)}")
         network = load_network(
