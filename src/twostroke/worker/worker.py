@@ -173,8 +173,9 @@ class Worker:
         loaded = self._admit(request)
         consumes = ticket is not None and ticket.peer is not None and request.choice == 0
         pulls = consumes and self._config.link != "store"
+        here = asyncio.Event()  # the prompt's blocks are
         if pulls:
-            self._pulled[request.id] = asyncio.Event()
+            self._pulled[request.id] = here
         elif ticket is not None:
             await self._first_choice(request)
         fetch = None if pulls else await self._fetch(request, ticket if consumes else None)
@@ -183,7 +184,7 @@ class Worker:
             # Whoever routes can choose another worker, and spare the prefill. Later prompts of a batch may wait: they
             # might never fit at once.
             loaded.engine.abort(job)
-            self._pulled.pop(request.id).set()
+            self._pull_ended(request, here)
             self.lifecycle.stamp(request.id, "failed", reason="no room")
             raise NoRoom("no slots are free for this prompt now")
         self._jobs[job] = request.http_id
@@ -201,7 +202,7 @@ class Worker:
                     outcome = "finished" if update.finish else outcome
                     yield update
                 elif isinstance(update, Admitted) and pulls and ticket is not None and pull is None:
-                    pull = asyncio.create_task(self._pull(loaded, job, update, ticket))
+                    pull = asyncio.create_task(self._pull(loaded, job, update, ticket, here))
         except RequestError as error:
             outcome = "failed"
             self.lifecycle.stamp(request.id, outcome, reason=error.code or error.kind)
@@ -214,7 +215,7 @@ class Worker:
             if fetch:
                 await fetch.end()
             if pulls:
-                self._pulled.pop(request.id).set()
+                self._pull_ended(request, here)
             loaded.engine.abort(job)
             del self._jobs[job]
 
@@ -298,7 +299,13 @@ class Worker:
         if first in self._pulled:
             await self._pulled[first].wait()
 
-    async def _pull(self, loaded: Loaded, job: Job, admitted: Admitted, ticket: Ticket) -> None:
+    def _pull_ended(self, request: Request, here: asyncio.Event) -> None:
+        """Nobody need wait for these blocks any more. A newer attempt of the request may have taken its place."""
+        here.set()
+        if self._pulled.get(request.id) is here:
+            del self._pulled[request.id]
+
+    async def _pull(self, loaded: Loaded, job: Job, admitted: Admitted, ticket: Ticket, here: asyncio.Event) -> None:
         assert self._session, "a ready worker has a session"
         assert ticket.peer, "a consumer is told its producer"
         request = job.sequence.request
@@ -321,7 +328,7 @@ class Worker:
         except Exception:  # nobody awaits this task: what it does not foresee must still end the request
             log.exception("the hand-over of request %s failed", request.id)
             job.push(EngineFailed("the hand-over failed; the worker's log says how"))
-        self._pulled[request.id].set()
+        here.set()
 
     async def _fetch(self, request: Request, ticket: Ticket | None = None) -> Fetch | None:
         """What the store can do for a request that is about to be submitted; with a ticket, its blocks come through the
