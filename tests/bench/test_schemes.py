@@ -37,10 +37,10 @@ def test_every_built_in_scheme_is_understood_or_says_what_is_missing() -> None:
 
 
 def test_room() -> None:
-    assert check("--colocated 3") == Room(3, 8192, GiB // 23_040)
-    assert check("") == Room(2, 8192, GiB // 23_040)
+    assert check("--colocated 3 --dtype bfloat16") == Room(3, 8192, GiB // 23_040)
+    assert check("") == Room(2, 8192, GiB // 46_080)  # it may turn out as float32
     assert check("--colocated 1 --max-model-len 500").tokens == 500
-    assert check("--colocated 1 --kv-memory 23040KiB").tokens == 1024
+    assert check("--colocated 1 --kv-memory 23040KiB --dtype bfloat16").tokens == 1024
     assert check("--colocated 1 --kv-memory 23040KiB --dtype float32").tokens == 512
     assert check("--prefill 1 --decode 1", Machine(2, 0)) == Room(2, 8192, 0)  # GPUs have memory of their own
 
@@ -73,7 +73,7 @@ def test_prepare_reports_and_leaves_out() -> None:
     chosen = {
         "single": Scheme("--colocated 1"),
         "odd": Scheme("--odd"),
-        "small": Scheme("--colocated 1 --kv-memory 4MiB"),
+        "small": Scheme("--colocated 1 --kv-memory 8MiB"),
     }
     done = prepare(settings, chosen, Workloads(settings, 1000), MODEL, LAPTOP, explain)
     assert list(done.schemes) == ["single", "small"]

@@ -52,6 +52,7 @@ class Job:
         self.sequence = sequence
         self.admitted = False  # at least once
         self.started = False  # whether its first chunk was planned; the engine thread's
+        self.given = False  # whether its first token came from elsewhere; the event loop's
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
 
     def push(self, update: Update) -> None:

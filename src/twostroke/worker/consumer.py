@@ -234,6 +234,7 @@ class Pull:
                 self._engine.loaded(self._job, min(self._verified * self._block_tokens, self._prompt))
             case ConsumerAction.EMIT:
                 assert self._first is not None, "only a known token is emitted"
+                self._job.given = True
                 self._job.push(self._first)
             case ConsumerAction.RESUME:
                 self._engine.resume(self._job, self._first.tokens[0] if self._first else None)

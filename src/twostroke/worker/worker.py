@@ -395,7 +395,7 @@ class Worker:
             case Progress(0):
                 stamp(id_, "prefill_started", cached_tokens=sequence.cached)
             case Output() if first and update.tokens:
-                if job.started:  # else the producer sampled it
+                if not job.given:  # else the producer sampled it; the engine may decode already when we see it
                     stamp(id_, "prefill_ended")
                 stamp(id_, "first_token")
             case _:
