@@ -215,7 +215,8 @@ class System:
         self._console.print(table)
         links = sorted({worker.link for worker in workers if worker.role != "colocated"})
         self._console.print(f"link: {', '.join(links) or 'none, workers are colocated'}")
-        body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+        asked = '[{"role": "user", "content": "What is the capital of France?"}]'
+        body = f'{{"model": "{model}", "messages": {asked}, "temperature": 0}}'
         self._console.print(f"ready: {url}\n\ntry:")
         command = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
         self._console.print(command, soft_wrap=True, markup=False)
