@@ -51,9 +51,16 @@ def temporary_files() -> set[str]:
     [(signal.SIGINT, ("prefill-0", "decode-0", "colocated-0")), (signal.SIGKILL, ("colocated-0",))],
     ids=["Ctrl-C", "kill -9"],
 )
-def test_start_ask_stop(tiny_model: Callable[[str], Path], end: signal.Signals, workers: Sequence[str]) -> None:
+def test_start_ask_stop(
+    tiny_model: Callable[[str], Path],
+    end: signal.Signals,
+    workers: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model(TINY)
-    before = temporary_files()
+    before = set(os.listdir("/dev/shm"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     (port,) = free_ports(1)
     counts = [arg for worker in workers for arg in (f"--{worker.removesuffix('-0')}", "1")]
     process = twostroke("up", str(model), "--port", str(port), *counts)
@@ -75,7 +82,8 @@ def test_start_ask_stop(tiny_model: Callable[[str], Path], end: signal.Signals, 
     finally:
         process.kill()
         process.communicate()
-    assert temporary_files() <= before
+    assert os.listdir(tmp_path) == []
+    assert set(os.listdir("/dev/shm")) <= before
     socket.create_server(("127.0.0.1", port)).close()  # free again
 
 
