@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from twostroke.kv.copying import copy, kernel
 from twostroke.kv.memory import Bytes, map_peer
 from twostroke.kv.pool import Slot
 from twostroke.links.copying import CopyingLink
@@ -19,13 +18,14 @@ class SharedMemoryLink(CopyingLink[Bytes]):
         """``own``: our slots, ``uint8 [num_slots, block_bytes]``."""
         super().__init__(block_bytes=own.shape[1])
         self._own = own
+        kernel()
 
     def _map(self, peer: PoolAddress) -> Bytes:
         return map_peer(peer)
 
     def _copy(self, source: Bytes, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
         for theirs, ours in zip(remote, local, strict=True):
-            np.copyto(self._own[ours], source[theirs])  # releases the GIL
+            copy(self._own[ours], source[theirs])
 
     def _unmap(self, source: Bytes) -> None:
         """It is unmapped with its last reference."""

@@ -1,10 +1,8 @@
-"""Direct I/O: whole pages between files and aligned memory, past the page cache; and copies in memory."""
+"""Direct I/O: whole pages between files and aligned memory, past the page cache."""
 
 import errno
 import mmap
 import os
-
-import numpy as np
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nothing can be written, but read
 PAGE = mmap.PAGESIZE  # alignment of memory, offsets and sizes; a multiple of every disk's sector
@@ -18,11 +16,6 @@ def pages(size: int) -> int:
 def aligned(size: int) -> memoryview:
     """Zeroed memory of whole pages that starts at one, for at least ``size`` bytes."""
     return memoryview(mmap.mmap(-1, max(pages(size), PAGE)))
-
-
-def copy(target: memoryview, source: memoryview) -> None:
-    """Copy bytes between equally long memories, without holding the GIL."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def open_direct(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> int:

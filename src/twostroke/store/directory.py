@@ -19,8 +19,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import NO_ROOM, PAGE, aligned, copy, open_direct, pages, read_at, write_at
+from twostroke.store.direct import NO_ROOM, PAGE, aligned, open_direct, pages, read_at, write_at
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, pack, unpack, verify
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage

@@ -4,10 +4,10 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from twostroke.errors import MemoryTooSmall
+from twostroke.kv.copying import copy, kernel
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import PoolMemory
 from twostroke.messages import PoolAddress
-from twostroke.store.direct import copy
 from twostroke.store.eviction import Policy, S3Fifo
 from twostroke.store.format import Sealed
 from twostroke.store.slots import SlotTier
@@ -26,6 +26,7 @@ class _Arena:
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
+        kernel()
         self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex)
         return []
 

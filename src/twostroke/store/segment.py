@@ -22,8 +22,9 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
+from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import PAGE, aligned, copy, open_direct, pages, read_at, write_at
+from twostroke.store.direct import PAGE, aligned, open_direct, pages, read_at, write_at
 from twostroke.store.format import FIELDS, HEADER_BYTES, MAGIC, VERSION, Corrupt, Header, Sealed, check, pack, unpack
 
 _MAGIC = b"2STRKSEG"

@@ -11,12 +11,12 @@ from typing import NamedTuple
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job, Update
 from twostroke.errors import EngineFailed
+from twostroke.kv.copying import copy, kernel
 from twostroke.kv.keys import BlockKey, block_keys, root_key
 from twostroke.kv.pool import Slot
 from twostroke.links.staging import Staging
 from twostroke.messages import Output, Request
 from twostroke.store.choice import choose
-from twostroke.store.direct import copy
 from twostroke.store.format import Sealed, seal
 from twostroke.store.store import Hold, Store
 from twostroke.worker.flights import Flight, Flights
@@ -146,6 +146,7 @@ class Offload:
 
     async def open(self) -> None:
         """Open the tiers, and let what becomes findable in the pool sink into them."""
+        await asyncio.to_thread(kernel)
         await self.store.open(self)
         self._engine.watch(self._published)
 
