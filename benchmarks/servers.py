@@ -16,14 +16,16 @@ START_SECONDS = 180.0
 
 
 @contextmanager
-def running(module: Sequence[str], ready: str) -> Iterator[None]:
-    """``python -m <module>`` until the block ends, from when ``ready`` answers with 200."""
+def running(module: Sequence[str], ready: str | int) -> Iterator[None]:
+    """``python -m <module>`` until the block ends, from when the URL ``ready`` answers with 200, or that port takes
+    connections.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *module], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not answers(ready):
+        while not (answers(ready) if isinstance(ready, str) else listens(ready)):
             assert process.poll() is None, f"{module} ended with {process.returncode}"
             assert time.monotonic() < deadline, f"{module} is not ready after {START_SECONDS:.0f} s"
             time.sleep(0.2)
@@ -52,3 +54,9 @@ def answers(url: str) -> bool:
     with suppress(urllib.error.URLError, ConnectionError, TimeoutError), urllib.request.urlopen(url, timeout=2):
         return True
     return False
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections at this port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

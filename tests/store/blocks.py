@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from twostroke.store.format import Sealed, seal
+from twostroke.store.tier import Place
 
 BYTES = 1000  # of a block: no whole number of pages
 FINGERPRINT = "ab" * 16
@@ -35,6 +36,9 @@ class Given:
 
     def block(self, index: int) -> Sealed | None:
         return None if index in self._gone else seal(memoryview(payload(self._asked[index], self._size)))
+
+    def where(self, index: int) -> Place | None:
+        return None
 
 
 class Taken:

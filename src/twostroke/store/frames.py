@@ -5,7 +5,8 @@ and its payload. Nothing is decoded before its size and version are checked.
 
 The client speaks first: ``Hello``, and ``Proof`` that it knows the cluster secret, bound to both nonces; so does the
 service. Then each request has one answer: ``Has`` → ``Mask``; ``Get`` → blocks in any order, ``Done``; ``Put`` →
-``Mask`` of those that are wanted, which the client sends → ``Done``; ``Borrow`` → ``Lent``, see there.
+``Mask`` of those that are wanted, which the client sends → ``Done``; on one machine instead ``Borrow`` → ``Lent`` and
+``Offer`` → ``Copied``, see there.
 """
 
 import hmac
@@ -108,6 +109,22 @@ class Lent(Struct, frozen=True, tag=13, forbid_unknown_fields=True):
     digests: Keys
 
 
+class Offer(Struct, frozen=True, tag=14, forbid_unknown_fields=True):
+    """I have these blocks: in these slots of memory that you can map if you are on my machine. → ``Copied``"""
+
+    keys: Keys
+    pool: PoolAddress
+    slots: Annotated[list[Count], Meta(max_length=MAX_KEYS)]
+    digests: Keys
+
+
+class Copied(Struct, frozen=True, tag=15, forbid_unknown_fields=True):
+    """How many of them are here now. Whether the memory could be mapped: if not, they must be sent."""
+
+    count: Annotated[int, Meta(ge=0, le=MAX_KEYS)]
+    mapped: bool
+
+
 class Ask(Struct, frozen=True, tag=9, forbid_unknown_fields=True):
     """How are you?"""
 
@@ -124,8 +141,10 @@ class Refused(Struct, frozen=True, tag=11, forbid_unknown_fields=True):
     reason: Annotated[str, Meta(max_length=1024)]
 
 
-Message = Hello | Challenge | Proof | Has | Mask | Get | Put | Done | Ask | Answer | Refused | Borrow | Lent
-Request = Has | Get | Put | Ask | Borrow
+Message = (
+    Hello | Challenge | Proof | Has | Mask | Get | Put | Done | Ask | Answer | Refused | Borrow | Lent | Offer | Copied
+)
+Request = Has | Get | Put | Ask | Borrow | Offer
 Wanted = TypeVar("Wanted", bound=Message)
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from twostroke.errors import MemoryTooSmall
-from twostroke.kv.copying import copy, kernel
+from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import PoolMemory
 from twostroke.messages import PoolAddress
@@ -26,7 +26,6 @@ class _Arena:
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
-        kernel()
         self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex)
         return []
 

@@ -9,6 +9,7 @@ import uvloop
 
 from twostroke.api.server import bind
 from twostroke.config import StoreConfig, cluster_secret
+from twostroke.kv.copying import kernel
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier
 from twostroke.store.server import Server
@@ -40,6 +41,7 @@ def run(config: StoreConfig) -> int:
 
 
 async def _run(config: StoreConfig) -> int:
+    kernel()  # before anybody waits for it
     listening = bind(config.host, config.port)
     listening.listen(128)
     stop = asyncio.Event()

@@ -1,5 +1,6 @@
 """A tier that is a cache service: the client's end. Each of a few threads has a connection of its own. On the service's
-machine blocks are read out of its memory, which holds them meanwhile; elsewhere they come over the connection.
+machine blocks are read out of its memory, which holds them meanwhile, and it reads them out of ours; elsewhere they go
+over the connection.
 """
 
 import logging
@@ -26,6 +27,7 @@ from twostroke.store.frames import (
     Ask,
     Borrow,
     Challenge,
+    Copied,
     Done,
     Get,
     Has,
@@ -34,6 +36,7 @@ from twostroke.store.frames import (
     Lent,
     Mask,
     Message,
+    Offer,
     Proof,
     Put,
     Wanted,
@@ -50,7 +53,7 @@ from twostroke.store.tier import Source, Target, TierFailed, Usage
 log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 SLOWEST = 32 << 20  # bytes a second
-BATCH_BYTES = 8 << 20  # that the service holds for one ``Put``
+BATCH_BYTES = 16 << 20  # that the service holds, or copies, at once
 _THREADS = 4
 _LEAST = 8  # blocks that are worth a connection of their own
 Result = TypeVar("Result")
@@ -62,6 +65,7 @@ class Session:
     def __init__(self, host: str, port: int, fingerprint: bytes, block_bytes: int, secret: str) -> None:
         """Connect. ``OSError`` if that fails, ``TierFailed`` if the service refuses."""
         self.maps = True  # whether the service's memory can be mapped, as far as we know
+        self.offers = True  # whether it can map ours
         self._block_bytes = block_bytes
         self._buffer = aligned(block_bytes)[:block_bytes]
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -121,6 +125,7 @@ class ServiceTier:
         self._block_bytes = block_bytes
         self._fingerprint = bytes.fromhex(fingerprint)
         self._secret = secret
+        self._host = host_id()
         self._threads = Threads(_THREADS, self.name)
         self._local = threading.local()
         self._sessions: set[Session] = set()
@@ -129,6 +134,7 @@ class ServiceTier:
         self._memory: tuple[PoolAddress, Bytes] | None = None  # the service's, mapped
         self._lock = threading.Lock()  # of that
         self.mapped = 0  # blocks that were read out of it
+        self.offered = 0  # blocks that it has read out of ours
 
     async def open(self) -> None:
         """See ``Tier.open``."""
@@ -147,29 +153,25 @@ class ServiceTier:
 
     async def get(self, keys: Sequence[BlockKey], target: Target) -> int:
         """See ``Tier.get``."""
-        parts = max(1, min(2, len(keys) // _LEAST))
-        edges = [len(keys) * part // parts for part in range(parts + 1)]
         came: set[int] = set()
 
-        def part(number: int) -> None:
-            first, end = edges[number], edges[number + 1]
-            came.update(self._with_session(lambda session: self._get(session, keys[first:end], first, target)))
+        def some(session: Session, first: int, end: int) -> None:
+            came.update(self._get(session, keys[first:end], first, target))
 
-        try:
-            await self._threads.each(part, parts)
-        except OSError as error:
-            raise TierFailed(str(error)) from error
+        await self._parts(some, len(keys))
         return next(index for index in range(len(keys) + 1) if index not in came)
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""
         size = max(1, min(MAX_KEYS, BATCH_BYTES // self._block_bytes))
-        stored = 0
-        for first in range(0, len(keys), size):
-            some = keys[first : first + size]
-            stored += await self._run(lambda session, some=some, first=first: _put(session, some, first, source))  # type: ignore[misc]
+
+        def some(session: Session, first: int, end: int) -> int:
+            batches = [(keys[at : min(end, at + size)], at) for at in range(first, end, size)]
+            return sum(self._offer(session, *batch, source) or _put(session, *batch, source) for batch in batches)
+
+        stored = await self._parts(some, len(keys))
         self._reports = (await self._run(lambda session: session.ask(Ask(), Answer))).tiers
-        return stored
+        return sum(stored)
 
     def usage(self) -> Usage:
         """See ``Tier.usage``: the service's, of this layout and all workers, when it was last asked."""
@@ -189,6 +191,33 @@ class ServiceTier:
             session.wire.abort()
             session.wire.close()
         self._memory = None
+
+    async def _parts(self, work: Callable[[Session, int, int], Result], count: int) -> list[Result]:
+        """Let two threads do ``work`` on one half each of so many blocks, if there are enough."""
+        parts = max(1, min(2, count // _LEAST))
+        edges = [count * part // parts for part in range(parts + 1)]
+        try:
+            return await self._threads.each(
+                lambda part: self._with_session(lambda session: work(session, edges[part], edges[part + 1])), parts
+            )
+        except OSError as error:
+            raise TierFailed(str(error)) from error
+
+    def _offer(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> int:
+        """Have the service copy blocks out of our memory: how many it has now, none if it cannot."""
+        places = [source.where(first + index) for index in range(len(keys))] if session.offers else []
+        pool = places[0].pool if places and places[0] is not None else None
+        if pool is None or pool.host != self._host:
+            return 0
+        slots = [place.slot for place in places if place is not None and place.pool == pool]
+        blocks = [source.block(first + index) for index in range(len(keys))]
+        digests = [block.digest for block in blocks if block is not None]
+        if not len(slots) == len(digests) == len(keys):
+            return 0
+        copied = session.ask(Offer(b"".join(keys), pool, slots, b"".join(digests)), Copied)
+        session.offers = copied.mapped
+        self.offered += copied.count
+        return copied.count
 
     def _get(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
         """Indices of the blocks that came whole."""
@@ -213,7 +242,7 @@ class ServiceTier:
 
     def _borrow(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
         """Read the first blocks out of the service's memory, as many as are there."""
-        lent = session.ask(Borrow(b"".join(keys), host_id()), Lent)
+        lent = session.ask(Borrow(b"".join(keys), self._host), Lent)
         if lent.pool is None:
             session.maps = False
         if lent.pool is None or not lent.slots:

@@ -12,7 +12,7 @@ from twostroke.kv.keys import BlockKey
 from twostroke.messages import TierReport
 from twostroke.store.format import Sealed
 from twostroke.store.stage import Stage
-from twostroke.store.tier import Source, Target, Tier
+from twostroke.store.tier import Place, Source, Target, Tier
 
 log = logging.getLogger(__name__)
 
@@ -197,3 +197,7 @@ class Relay:
     def block(self, index: int) -> Sealed | None:
         """See ``Source.block``."""
         return self.blocks[self.keys[index]]
+
+    def where(self, index: int) -> Place | None:
+        """See ``Source.where``."""
+        return None

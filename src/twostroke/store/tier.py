@@ -5,11 +5,12 @@ and gives what it read, verified, to a ``Target``. Both are called in a tier's o
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from msgspec import Struct
 
 from twostroke.kv.keys import BlockKey
+from twostroke.messages import PoolAddress
 from twostroke.store.format import Corrupt, Sealed, verify
 
 
@@ -17,11 +18,24 @@ class TierFailed(Exception):
     """The tier cannot be used now. ``str`` says why."""
 
 
+class Place(NamedTuple):
+    """A slot of a pool that other processes on its machine may be able to map."""
+
+    pool: PoolAddress
+    slot: int
+
+
 class Source(Protocol):
     """Where blocks come from that a tier is to store."""
 
     def block(self, index: int) -> Sealed | None:
         """The block of the ``index``-th key, good until the same thread asks again. None: it is not to be had."""
+        ...
+
+    def where(self, index: int) -> Place | None:
+        """Where other processes find its bytes. They may change when nobody waits for the tier any more: what was copied
+        from there is a block only if its digest is right. None: nowhere.
+        """
         ...
 
 

@@ -15,10 +15,11 @@ from twostroke.kv.copying import copy, kernel
 from twostroke.kv.keys import BlockKey, block_keys, root_key
 from twostroke.kv.pool import Slot
 from twostroke.links.staging import Staging
-from twostroke.messages import Output, Request
+from twostroke.messages import Output, PoolAddress, Request
 from twostroke.store.choice import choose
 from twostroke.store.format import Sealed, seal
 from twostroke.store.store import Hold, Store
+from twostroke.store.tier import Place
 from twostroke.worker.flights import Flight, Flights
 from twostroke.worker.tasks import end
 
@@ -58,7 +59,9 @@ class _Gate:
 class SlotsEnd:
     """Slots of the pool as the source or target of a tier, until they are ``close``d."""
 
-    def __init__(self, slots: Sequence[Slot], staging: Callable[[], Staging]) -> None:
+    def __init__(self, slots: Sequence[Slot], staging: Callable[[], Staging], pool: PoolAddress | None = None) -> None:
+        """``pool``: where other processes find the slots, if they do."""
+        self._pool = pool
         self._slots = slots
         self._staging = staging
         self._gate = _Gate()
@@ -71,6 +74,10 @@ class SlotsEnd:
             return seal(self._staging().load(self._slots[index]))
         finally:
             self._gate.leave()
+
+    def where(self, index: int) -> Place | None:
+        """See ``Source.where``."""
+        return None if self._pool is None else Place(self._pool, self._slots[index])
 
     def place(self, index: int, block: Sealed) -> bool:
         """See ``Target.place``."""
@@ -92,11 +99,13 @@ class SlotsEnd:
 class _Hold:
     """See ``Hold``."""
 
-    def __init__(self, engine: Engine, keys: Sequence[BlockKey], staging: Callable[[], Staging]) -> None:
+    def __init__(
+        self, engine: Engine, keys: Sequence[BlockKey], staging: Callable[[], Staging], pool: PoolAddress | None
+    ) -> None:
         self._engine = engine
         self._lease, found = engine.hold(keys)
         self.keys = list(found)
-        self.source = SlotsEnd(list(found.values()), staging)
+        self.source = SlotsEnd(list(found.values()), staging, pool)
 
     def release(self) -> None:
         """See ``Hold.release``."""
@@ -135,8 +144,18 @@ class _Load:
 class Offload:
     """The store of one worker, and what it does for its requests."""
 
-    def __init__(self, engine: Engine, store: Store, staging: Callable[[], Staging], lifecycle: Lifecycle) -> None:
-        """``staging``: makes access to the engine's pool for each thread that asks."""
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        staging: Callable[[], Staging],
+        lifecycle: Lifecycle,
+        pool: PoolAddress | None = None,
+    ) -> None:
+        """``staging``: makes access to the engine's pool for each thread that asks; ``pool``: where other processes on
+        this machine find it, if it is host memory.
+        """
+        self._pool = pool
         self.store = store
         self._engine = engine
         self._lifecycle = lifecycle
@@ -156,7 +175,7 @@ class Offload:
 
     def hold(self, keys: Sequence[BlockKey]) -> Hold:
         """See ``Origin.hold``."""
-        return _Hold(self._engine, keys, self._staging)
+        return _Hold(self._engine, keys, self._staging, self._pool)
 
     async def prepare(self, request: Request, patience: float) -> "Fetch":
         """Find out what of a prompt can be loaded, before it is submitted. Whoever needs blocks that another request is

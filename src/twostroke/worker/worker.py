@@ -95,7 +95,7 @@ class Worker:
             self._say("opening the store")
             slots = loaded.engine.load().slots.total
             store = Store(loaded.tiers, loaded.engine.model.layout.block_bytes, most=max(1, slots // _HELD_SHARE))
-            self._offload = Offload(loaded.engine, store, loaded.staging, self.lifecycle)
+            self._offload = Offload(loaded.engine, store, loaded.staging, self.lifecycle, loaded.memory.address)
             self.lifecycle.collect(StoreCollector(store.reports))
             await self._offload.open()
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))

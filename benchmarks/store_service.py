@@ -1,0 +1,125 @@
+"""The cache service, a process of its own: against memcpy, and over TCP against a raw loopback socket."""
+
+import asyncio
+import multiprocessing
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.common import Row, row, seconds
+from benchmarks.servers import free_port, running
+from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, timed
+from twostroke.kv.memory import PoolMemory
+from twostroke.store import service
+from twostroke.store.service import ServiceTier
+from twostroke.store.tier import TierFailed
+
+_BYTES = 128 << 20  # of all blocks that are written and read in one turn
+_READ, _WRITE = b"r", b"w"
+
+
+def _raw_peer(port: int, blocks: int, size: int) -> None:
+    """The other end of the raw socket: gives or takes as many bytes as it is told."""
+    buffer = memoryview(bytearray(size))
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        raw, _ = listening.accept()
+        with raw:
+            while command := raw.recv(1):
+                for _ in range(blocks):
+                    raw.sendall(buffer) if command == _READ else _fill(raw, buffer)
+                if command == _WRITE:
+                    raw.sendall(b"!")
+
+
+def _fill(raw: socket.socket, buffer: memoryview) -> None:
+    assert raw.recv_into(buffer, 0, socket.MSG_WAITALL) == len(buffer)
+
+
+@contextmanager
+def _raw(blocks: int, size: int, pool: Pool) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """What writes all slots of a pool to another process through one socket, and what reads as much into one buffer."""
+    port = free_port()
+    peer = multiprocessing.get_context("spawn").Process(target=_raw_peer, args=(port, blocks, size))
+    peer.start()
+    while True:
+        try:
+            raw = socket.create_connection(("127.0.0.1", port))
+            break
+        except ConnectionRefusedError:
+            peer.join(0.05)
+    buffer = memoryview(bytearray(size))
+
+    def write() -> None:
+        raw.sendall(_WRITE)
+        for slot in pool.order:
+            raw.sendall(pool.memory.slots[slot].data)
+        raw.recv(1)
+
+    def read() -> None:
+        raw.sendall(_READ)
+        for _ in range(blocks):
+            _fill(raw, buffer)
+
+    with raw:
+        yield write, read
+    peer.join()
+
+
+async def _open(tier: ServiceTier) -> None:
+    """The service takes its memory when the first client comes, which may take longer than that one waits."""
+    while True:
+        try:
+            return await tier.open()
+        except TierFailed:
+            await asyncio.sleep(0.5)
+
+
+async def _size(name: str, size: int, repeats: int) -> list[Row]:
+    blocks = _BYTES // size
+    pool, other = Pool(blocks, size), PoolMemory(blocks, size, "other")
+    port = free_port()
+
+    def memcpy() -> None:
+        for index, slot in enumerate(pool.order):
+            np.copyto(other.slots[index], pool.memory.slots[slot])
+
+    figures: dict[str, list[float]] = {}
+    near = ServiceTier("127.0.0.1", port, size, FINGERPRINT, "")
+    with patch.object(service, "host_id", lambda: "elsewhere"):
+        far = ServiceTier("127.0.0.1", port, size, FINGERPRINT, "")
+    room = 2 * (repeats + 2) * _BYTES  # for all turns: it would rather evict what is new than what was read twice
+    command = ["twostroke", "store", "--port", str(port), "--memory", str(room)]
+    with running(command, port), _raw(blocks, size, pool) as (write, read):
+        await _open(near)
+        for turn in range(repeats + 1):
+            values = {"memcpy": _BYTES / 1e9 / seconds(memcpy)}
+            values["put, same host"], values["get, same host"] = await timed(near, pool, 2 * turn)
+            values["write"], values["read"] = (_BYTES / 1e9 / seconds(work) for work in (write, read))
+            values["put, TCP"], values["get, TCP"] = await timed(far, pool, 2 * turn + 1)
+            for what, value in values.items() if turn else ():  # nothing is mapped or connected before
+                figures.setdefault(what, []).append(value)
+        assert min(near.mapped, near.offered) == (repeats + 1) * blocks
+        assert max(far.mapped, far.offered) == 0
+        await near.close()
+        await far.close()
+    other.close()
+    pool.memory.close()
+    against = {
+        "put, same host": ("memcpy", "memcpy, one thread"),
+        "get, same host": ("memcpy", "memcpy, one thread"),
+        "put, TCP": ("write", "raw loopback socket"),
+        "get, TCP": ("read", "raw loopback socket"),
+    }
+    goal = ">= 0.80" if size >= 1 << 20 else ""
+    return [
+        row(f"service {what}, {name}", "GB/s", figures[what], figures[reference], words, goal)
+        for what, (reference, words) in against.items()
+    ]
+
+
+async def measure(repeats: int) -> list[Row]:
+    """All sizes of blocks."""
+    return [one for name, size in SIZES.items() for one in await _size(name, size, repeats)]
