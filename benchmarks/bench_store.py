@@ -2,31 +2,30 @@
 
 - host tier against memcpy, disk tier against raw direct I/O: the same bytes, in turn
 - looking up a prefix of 4,000 blocks; finding 100,000 blocks again at start
-- time to first token of a long prompt that is in a tier, against computing it (``--only ttft``)
+- the cache service against memcpy and a raw socket (``store_service.py``)
 - eviction: least recently used against S3-FIFO, on a made-up trace of conversations among long prompts
+- end to end: time to first token, conversations, decode (``store_serving.py``)
 
-``python -m benchmarks.bench_store``, a few minutes. Tiers are on the disk that ``--path`` is on.
+``python -m benchmarks.bench_store``, 15 minutes. ``--only`` measures one section, in at most 5, and keeps the others in
+the result file. Tiers are on the disk that ``--path`` is on.
 """
 
 import argparse
 import asyncio
-import hashlib
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 
-from benchmarks.bench_handover import stream
+from benchmarks import store_service, store_serving
 from benchmarks.common import Row, report, row, seconds
-from benchmarks.servers import free_port, running
+from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, key, timed
 from twostroke.kv.memory import PoolMemory
-from twostroke.links.staging import HostStaging
 from twostroke.store.direct import PAGE, aligned, open_direct, pages, read_at, write_at
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
@@ -35,45 +34,10 @@ from twostroke.store.format import HEADER_BYTES, Header, pack
 from twostroke.store.host import HostTier
 from twostroke.store.segment import Segment
 from twostroke.store.shelf import Shelf
-from twostroke.store.slots import SlotTier
 from twostroke.store.store import Store
 from twostroke.store.tier import Tier
-from twostroke.worker.offload import SlotsEnd
 
-FINGERPRINT = "ab" * 16
-SIZES = {"368,640": 368_640, "1 MiB": 1 << 20, "4 MiB": 4 << 20}  # bytes of a block; the first is the built-in model's
 DISK_THREADS = 4
-PROMPT = 4000  # tokens
-
-
-def key(*parts: object) -> bytes:
-    """A block key."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-
-
-class Pool:
-    """Random bytes in slots, taken in random order, as a request's are."""
-
-    def __init__(self, blocks: int, size: int) -> None:
-        self.memory = PoolMemory(blocks, size, "bench")
-        self.memory.slots[:] = np.random.default_rng(0).integers(0, 256, self.memory.slots.shape, dtype=np.uint8)
-        self.order = np.random.default_rng(1).permutation(blocks).tolist()
-
-    def end(self) -> SlotsEnd:
-        """Source or target of these slots."""
-        return SlotsEnd(self.order, lambda: HostStaging(self.memory.slots))
-
-
-async def timed(tier: SlotTier, pool: Pool, turn: int) -> tuple[float, float]:
-    """Bytes a second of putting all slots, and of getting them."""
-    keys = [key(turn, index) for index in range(len(pool.order))]
-    total = pool.memory.slots.nbytes
-    start = time.perf_counter()
-    assert await tier.put(keys, pool.end()) == len(keys)
-    put = time.perf_counter() - start
-    start = time.perf_counter()
-    assert await tier.get(keys, pool.end()) == len(keys)
-    return total / put / 1e9, total / (time.perf_counter() - start) / 1e9
 
 
 async def host(name: str, size: int, repeats: int) -> list[Row]:
@@ -242,30 +206,7 @@ def eviction() -> list[Row]:
     ]
 
 
-async def serve(path: Path, tiers: Sequence[str], repeats: int) -> list[Row]:
-    """In turn: a new prompt is computed; an old one, which the pool has lost since, is loaded."""
-    rows = []
-    for tier in tiers:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        command = ["twostroke", "serve", "--port", str(port), "--kv-memory", "110MiB", "--store", tier]
-        name, goal = tier.partition(":")[0], {"host": "<= 0.10", "disk": "<= 0.20"}.get(tier.partition(":")[0], "")
-        fresh, loaded = [], []
-        # The pool holds one of the prompts: each leaves it when the other comes.
-        prompts = [[random.Random(number).randrange(100, 49_000) for _ in range(PROMPT)] for number in range(2)]
-        with running(command, f"{url}/ready"):
-            async with aiohttp.ClientSession() as session:
-                for number, prompt in enumerate(prompts):
-                    fresh.append(1e3 * (await stream(session, url, PROMPT, f"fresh-{number}", prompt))[0])
-                    await asyncio.sleep(1.0)  # it is written
-                for turn in range(2 * repeats):
-                    one = await stream(session, url, PROMPT, f"loaded-{turn}", prompts[turn % 2])
-                    loaded.append(1e3 * one[0])
-        rows.append(row(f"TTFT, {PROMPT:,} tokens in {name}", "ms", loaded, fresh, "computed", goal))
-    return rows
-
-
-async def measure(path: Path, repeats: int) -> list[Row]:
+async def tiers(path: Path, repeats: int) -> list[Row]:
     """The tiers by themselves."""
     rows: list[Row] = []
     for name, size in SIZES.items():
@@ -273,24 +214,58 @@ async def measure(path: Path, repeats: int) -> list[Row]:
     for name, size in SIZES.items():
         rows += await disk(path, name, size, repeats)
     rows += await lookup(path, repeats)
-    rows += await rebuild(path, repeats)
-    return rows + eviction()
+    return rows + await rebuild(path, repeats)
 
 
 def main() -> None:
-    """Measure and report, the tiers by themselves and what they save a request apart."""
+    """Measure and report, one section after the other."""
+    sections = ["tiers", "service", "eviction", "ttft", "chat", "decode"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--only", choices=["tiers", "ttft"])
+    parser.add_argument("--only", choices=sections)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.path) as path:
-        if options.only != "ttft":
-            rows = asyncio.run(measure(Path(path), options.repeats))
-            report("store", rows, repeats=options.repeats, disk_threads=DISK_THREADS, host_threads=2)
-        if options.only != "tiers":
-            rows = asyncio.run(serve(Path(path), ["host:1GiB", f"disk:{path}/serve:2GiB"], options.repeats))
-            report("store_ttft", rows, repeats=2 * options.repeats, computed=2, prompt_tokens=PROMPT)
+    for section in sections if options.only is None else [options.only]:
+        with tempfile.TemporaryDirectory(dir=options.path) as path:
+            rows, settings = run(section, Path(path), options.repeats)
+        report("store", rows, section, **settings)
+
+
+def run(section: str, path: Path, repeats: int) -> tuple[list[Row], dict[str, object]]:
+    """Its rows, and what they were measured with."""
+    settings: dict[str, object]
+    match section:
+        case "tiers":
+            rows = asyncio.run(tiers(path, repeats))
+            return rows, {"repeats": repeats, "disk_threads": DISK_THREADS, "host_threads": 2}
+        case "service":
+            return asyncio.run(store_service.measure(repeats)), {"repeats": repeats}
+        case "ttft":
+            rows = asyncio.run(store_serving.ttft(path, repeats))
+            settings = {"repeats": 2 * repeats, "computed": 2, "prompt_tokens": store_serving.PROMPT}
+        case "chat":
+            rows = asyncio.run(store_serving.chat(path))
+            settings = {
+                "users": store_serving.USERS,
+                "turns": store_serving.TURNS,
+                "at_once": store_serving.AT_ONCE,
+                "opening_tokens": store_serving.OPENING,
+                "question_tokens": store_serving.QUESTION,
+                "answer_tokens": store_serving.ANSWER,
+                "pool_tokens": store_serving.CHAT_POOL,
+            }
+        case "decode":
+            rows = asyncio.run(store_serving.decode(path, repeats))
+            settings = {
+                "repeats": repeats,
+                "decodes": store_serving.DECODES,
+                "steps": store_serving.STEPS,
+                "background_tokens": store_serving.BACKGROUND,
+                "background_seconds": store_serving.EVERY,
+            }
+        case _:
+            return eviction(), {}
+    return rows, {**settings, "dtype": store_serving.DTYPE}
 
 
 if __name__ == "__main__":

@@ -54,9 +54,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def report(name: str, rows: Sequence[Row], **settings: object) -> None:
-    """Print the table and write ``results/<name>.json``."""
-    table = Table("measure", "unit", "median", "lowest – highest", "reference", "against", "ratio", "goal", title=name)
+def report(name: str, rows: Sequence[Row], section: str = "", /, **settings: object) -> None:
+    """Print the table and write ``results/<name>.json``, or one ``section`` of it: what others say there stays."""
+    table = Table(
+        "measure",
+        "unit",
+        "median",
+        "lowest – highest",
+        "reference",
+        "against",
+        "ratio",
+        "goal",
+        title=f"{name} {section}",
+    )
     for one in rows:
         table.add_row(
             one.what, one.unit, f"{one.measured:.4g}", one.spread, f"{one.reference:.4g}", one.against,
@@ -64,8 +74,12 @@ def report(name: str, rows: Sequence[Row], **settings: object) -> None:
         )  # fmt: skip
     Console(width=170).print(table)
     RESULTS.mkdir(exist_ok=True)
-    result = {"benchmark": name, "machine": machine(), "settings": settings, "rows": [asdict(one) for one in rows]}
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path = RESULTS / f"{name}.json"
+    found = {"machine": machine(), "settings": settings, "rows": [asdict(one) for one in rows]}
+    if section:
+        known = json.loads(path.read_text()).get("sections", {}) if path.exists() else {}
+        found = {"sections": {**known, section: found}}
+    path.write_text(json.dumps({"benchmark": name, **found}, indent=1, ensure_ascii=False) + "\n")
 
 
 def filling(slots: Sequence[int], block: int) -> Chunk:

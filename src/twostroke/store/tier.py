@@ -33,8 +33,8 @@ class Source(Protocol):
         ...
 
     def where(self, index: int) -> Place | None:
-        """Where other processes find its bytes. They may change when nobody waits for the tier any more: what was copied
-        from there is a block only if its digest is right. None: nowhere.
+        """Where other processes find its bytes; None if they do not. These may change once nobody waits for the tier:
+        what was copied from there is a block only if its digest is right.
         """
         ...
 
