@@ -51,10 +51,18 @@ def test_metrics_of_one_request() -> None:
     assert values[("prompt_tokens_total",)] == 10
     assert values[("cached_tokens_total",)] == 4
     assert values[("generation_tokens_total",)] == 3
-    assert values[("handover_bytes_total",)] == 1000
     assert values[("handover_exposed_seconds_sum",)] == 0.005
     assert values[("handovers_total", "complete")] == 1
     assert values[("requests_total", "finished", "length")] == 1
+
+
+def test_what_came_over_each_link() -> None:
+    lifecycle = Lifecycle("decode-0")
+    for link, blocks in (("shm", 2), ("shm", 1), ("tcp", 1)):
+        lifecycle.received(link, blocks, 500 * blocks)
+    values = samples(lifecycle)
+    assert values[("handover_bytes_total", "shm")] == 1500
+    assert values[("handover_blocks_total", "tcp")] == 1
 
 
 def test_choices_of_a_call_are_kept_apart() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from twostroke.bench.client import Load, Record, judge
 from twostroke.bench.results import Point, Result, Stamp, summarize
+from twostroke.bench.watch import Watched
 
 GOAL = {"ttft": 500.0}
 
@@ -42,6 +43,17 @@ def pd_stamps() -> list[Stamp]:
         ("d", "kv_complete", 0.32, {"bytes": 10 << 20, "blocks": 7, "exposed_ms": 20.0}),
         ("d", "finished", 0.6, {"reason": "length", "output_tokens": 5}),
     ]
+
+
+def watched() -> Watched:
+    """Three samples of two workers; one did not answer once, and started again in between."""
+    return Watched(
+        [0.0, 1.0, 3.0],
+        {
+            "p": {"running": [1, 2, 0], "waiting": [0, 0, 0], "tier host, written": [0, 100, 300]},
+            "d": {"running": [None, 0, 1], "link shm": [None, 50, 90], "tier host, written": [70, 0, 20]},
+        },
+    )
 
 
 def result(

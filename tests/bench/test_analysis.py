@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bench.made import colocated_stamps, pd_stamps, record, result
+from tests.bench.made import colocated_stamps, pd_stamps, record, result, watched
 from twostroke.bench import analysis
 from twostroke.bench.analysis import PHASES
 from twostroke.bench.results import Stamp
@@ -95,9 +95,18 @@ def test_concurrency_over_time() -> None:
     assert (max(waiting), max(running)) == (1, 1)
 
 
-def test_all_bytes_are_on_the_chart() -> None:
-    times, moved = analysis.traffic(result("pd", stamps=pd_stamps()))
-    step = times[1] - times[0]
-    assert {name: sum(rate) * step / (1 << 20) for name, rate in moved.items()} == {
-        "tier host": pytest.approx(4), "link shm": pytest.approx(40)
-    }  # fmt: skip
+def test_rates_are_of_what_the_counters_grew_by() -> None:
+    run = result("pd")
+    run.watched = watched()
+    times, moved = analysis.traffic(run)
+    assert times == [0, 1, 3]
+    assert moved == {"link shm": [0, 20, 0], "tier host, written": [100, 110, 0]}
+    assert analysis.traffic(result()) == ([], {})
+
+
+def test_states_are_of_who_answered() -> None:
+    run = result("pd")
+    run.watched = watched()
+    assert analysis.states(run) == [
+        ("p", "running", [0, 1, 3], [1, 2, 0]), ("p", "waiting", [0, 1, 3], [0, 0, 0]), ("d", "running", [1, 3], [0, 1])
+    ]  # fmt: skip

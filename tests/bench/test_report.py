@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from tests.bench.made import colocated_stamps, pd_stamps, result
+from tests.bench.made import colocated_stamps, pd_stamps, result, watched
 from twostroke.bench import analysis, results
 from twostroke.bench.charts import charts, limits, ratios
 from twostroke.bench.folder import Folder, Metadata
@@ -31,6 +31,7 @@ def runs() -> list[Result]:
                 point = Point("single", "pd", length, rate, repeat)
                 single = result(ttft=ttft, stamps=colocated_stamps(), errors={3: "<b>lost</b>"})
                 pd = result("pd", ttft=ttft * 0.8, stamps=pd_stamps())
+                pd.watched = watched()
                 made += [replace(single, point=point), replace(pd, point=replace(point, scheme="pd"))]
     died = result("pd", "2000")
     died.error = "prefill-0 was killed by SIGKILL"
@@ -56,7 +57,9 @@ def test_the_page_says_what_there_is_to_say(folder: Path) -> None:
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     names = {file.stem for file in files}
     assert {"pd-ttft", "pd-tpot", "pd-total_token_throughput", "pd-waterfall", "pd-percentiles", "pd-itl"} <= names
-    assert {"pd-concurrency", "pd-traffic", "pd-goodput", "pd-pareto", "decode-only-ttft"} <= names
+    assert {"pd-goodput", "pd-pareto", "pd-requests-single", "pd-requests-pd", "decode-only-ttft"} <= names
+    assert "pd-traffic-pd" in names
+    assert "pd-traffic-single" not in names, "it moved nothing"
     for words in (
         "killed by SIGKILL",
         "no such option",
@@ -108,6 +111,19 @@ def test_charts_hold_the_figures() -> None:
     assert goodput["single, 1000"].y == pytest.approx([25, 25])  # of four, one is within 500 ms and one failed
     assert "pd-goodput" not in {chart.name for chart in charts(analysis.groups([result()]))}, "one rate is no curve"
     assert made["decode-only-ttft"].kind == "bars", "one length is no line"
+
+
+def test_a_scheme_s_requests_and_bytes_over_time() -> None:
+    made = {chart.name: chart for chart in charts(analysis.groups(runs()))}
+    lines = {series.name: series for series in made["pd-requests-pd"].series}
+    assert list(lines) == ["no token yet", "gets tokens", "p, running", "d, running"], "nobody waited in a worker"
+    assert (lines["p, running"].x, lines["p, running"].y) == ([0, 1, 3], [1, 2, 0])
+    assert max(lines["no token yet"].y) == 1
+    moved = {series.name: series.y for series in made["pd-traffic-pd"].series}
+    assert moved["link shm"] == [0, 20 / 2**20, 0]
+    hostile = replace(result("../a: b"), watched=watched())
+    names = [chart.name for chart in charts(analysis.groups([hostile]))]
+    assert "pd-requests-.._a__b" in names
 
 
 def test_ratios_are_of_the_same_point() -> None:

@@ -50,8 +50,6 @@ _COUNTS = {  # counter of a detail
     ("received", "prompt_tokens"): ("prompt_tokens", "Prompt tokens received."),
     ("prefill_started", "cached_tokens"): ("cached_tokens", "Prompt tokens that were not computed here."),
     ("finished", "output_tokens"): ("generation_tokens", "Tokens generated."),
-    ("kv_complete", "bytes"): ("handover_bytes", "Bytes of KV cache read from producers."),
-    ("kv_complete", "blocks"): ("handover_blocks", "Blocks of KV cache read from producers."),
 }
 _ENDS = ("finished", "aborted", "failed")
 _HANDOVERS = {"kv_complete": "complete", "fallback": "fallback"}
@@ -106,6 +104,8 @@ class Lifecycle:
         self._outcomes = self._counter("requests", "Sequences ended.", "outcome", "reason")
         self._preemptions = self._counter("preemptions", "Times that a sequence lost its slots and started over.")
         self._handovers = self._counter("handovers", "Hand-overs consumed.", "outcome")
+        self._blocks = self._counter("handover_blocks", "Blocks of KV cache read from producers.", "link")
+        self._bytes = self._counter("handover_bytes", "Bytes of KV cache read from producers.", "link")
 
     def stamp(self, request_id: str, event: str, **detail: str | int | float) -> None:
         """Note that ``event`` happened now."""
@@ -137,6 +137,11 @@ class Lifecycle:
         if last is not None:
             for _ in range(count):
                 self._itl.observe((now - last) / count)
+
+    def received(self, link: str, blocks: int, size: int) -> None:
+        """Note that so many blocks, of ``size`` bytes in all, have come over a link just now, and were confirmed."""
+        self._blocks.labels(link).inc(blocks)
+        self._bytes.labels(link).inc(size)
 
     def timeline(self, http_id: str) -> list[TimelineEvent]:
         """The stamps of an HTTP request in order; empty when it is unknown or forgotten."""

@@ -228,35 +228,34 @@ def concurrency(run: Result) -> tuple[list[float], list[int], list[int]]:
     return times, waiting, running
 
 
-def traffic(run: Result, steps: int = 100) -> tuple[list[float], dict[str, list[float]]]:
-    """Bytes a second on each link and from each tier over time, each transfer spread evenly: times, by name."""
-    edges = np.linspace(0, run.duration, steps + 1)
-    width = run.duration / steps
-    found: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
-    for record in run.good:
-        links: dict[str, tuple[float, str]] = {}
-        for worker, event, time, detail in run.timelines.get(record.id, []):
-            at = record.start + time
-            if event == "attached":
-                links[worker] = (at, f"link {detail.get('link', '')}")
-            elif event == "kv_complete" and worker in links:
-                _spread(found, links[worker][1], (links[worker][0], at), float(detail.get("bytes", 0)), edges)
-            elif event == "store" and detail.get("bytes"):
-                begun = at - float(detail.get("load_ms", 0)) / 1e3
-                _spread(found, f"tier {detail.get('tiers', '')}", (begun, at), float(detail["bytes"]), edges)
-    return edges[:-1].tolist(), {name: (moved / width).tolist() for name, moved in found.items()}
+def states(run: Result) -> list[tuple[str, str, list[float], list[float]]]:
+    """What each server said of itself: its name, "running" or "waiting", times in seconds, requests."""
+    found = []
+    for server, series in run.watched.values.items():
+        for state in ("running", "waiting"):
+            seen = [(at, n) for at, n in zip(run.watched.times, series.get(state, []), strict=False) if n is not None]
+            if seen:
+                found.append((server, state, [at for at, _ in seen], [n for _, n in seen]))
+    return found
 
 
-def _spread(
-    found: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]],
-    name: str,
-    span: tuple[float, float],
-    size: float,
-    edges: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> None:
-    begin, end = span[0], max(span[1], span[0] + 1e-6)
-    overlap = np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin), 0, None)
-    found[name] = found.get(name, np.zeros(len(edges) - 1)) + size * overlap / (end - begin)
+def traffic(run: Result) -> tuple[list[float], dict[str, list[float]]]:
+    """Bytes a second on each link, and from and to each tier, over time, from the counters of all servers together:
+    times in seconds, rates from each time to the next by name.
+    """
+    times = np.asarray(run.watched.times)
+    if len(times) < 2:
+        return [], {}
+    moved: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
+    for series in run.watched.values.values():
+        for name, column in series.items():
+            known = [(at, so_far) for at, so_far in zip(times, column, strict=True) if so_far is not None]
+            if name in ("running", "waiting") or not known:
+                continue
+            so_far = np.interp(times, [at for at, _ in known], [value for _, value in known])
+            grown = np.clip(np.diff(so_far), 0, None)  # a server that starts again counts from 0
+            moved[name] = moved.get(name, np.zeros(len(grown))) + grown / np.diff(times)
+    return times.tolist(), {name: [*rate.tolist(), 0.0] for name, rate in sorted(moved.items())}
 
 
 def _percent(share: float) -> str:

@@ -71,10 +71,10 @@ def _of_mode(mode: str, found: list[Group]) -> list[Chart]:
         _waterfall(mode, widest, shown),
         _percentiles(mode, widest, shown),
         _itl(mode, widest, shown),
-        _concurrency(mode, widest, shown),
-        _traffic(mode, widest, shown),
         _goodput(mode, found),
         _pareto(mode, found),
+        *(_requests(mode, group, shown) for group in widest),
+        *(_traffic(mode, group, shown) for group in widest),
     ]
     return made
 
@@ -175,29 +175,36 @@ def _itl(mode: str, found: Sequence[Group], shown: str) -> Chart:
     return Chart(f"{mode}-itl", f"Inter-token latency: {shown}", "ms", "% of gaps", "steps", series, log="x", note=note)
 
 
-def _concurrency(mode: str, found: Sequence[Group], shown: str) -> Chart:
-    series = []
-    for group in found:
-        times, waiting, running = analysis.concurrency(group.runs[0])
-        scheme = group.key.scheme
-        series.append(Series(f"{scheme}, waiting", list(times), [float(n) for n in waiting], scheme, dashed=True))
-        series.append(Series(f"{scheme}, running", list(times), [float(n) for n in running], scheme))
-    title = f"Requests over time: {shown}"
-    note = "Waiting: sent, without a token yet. Running: between the first and the last token. First repeat."
-    return Chart(f"{mode}-concurrency", title, "seconds", "requests", "steps", series, note=note)
+def _requests(mode: str, group: Group, shown: str) -> Chart:
+    run, scheme = group.runs[0], group.key.scheme
+    times, waiting, running = analysis.concurrency(run)
+    series = [
+        Series("no token yet", list(times), [float(n) for n in waiting], dashed=True),
+        Series("gets tokens", list(times), [float(n) for n in running]),
+    ]
+    series += [Series(f"{server}, {state}", at, n, dashed=state == "waiting") for server, state, at, n in _states(run)]
+    note = "Seen by the client, and what each worker's metrics said. First repeat."
+    name = f"{mode}-requests-{_file(scheme)}"
+    return Chart(name, f"Requests over time, {scheme}: {shown}", "seconds", "requests", "steps", series, note=note)
 
 
-def _traffic(mode: str, found: Sequence[Group], shown: str) -> Chart:
-    series = []
-    for group in found:
-        times, moved = analysis.traffic(group.runs[0])
-        for i, (name, rate) in enumerate(sorted(moved.items())):
-            scheme = group.key.scheme
-            y = [one / _MIB for one in rate]
-            series.append(Series(f"{scheme}, {name}", list(times), y, scheme, dashed=bool(i)))
-    title = f"KV on links and from tiers: {shown}"
-    note = "Each transfer is spread evenly over its time. First repeat."
-    return Chart(f"{mode}-traffic", title, "seconds", "MiB / s", "steps", series, note=note)
+def _states(run: Result) -> list[tuple[str, str, list[float], list[float]]]:
+    """Without servers that had nothing to do."""
+    return [one for one in analysis.states(run) if any(one[3])]
+
+
+def _traffic(mode: str, group: Group, shown: str) -> Chart:
+    scheme = group.key.scheme
+    times, moved = analysis.traffic(group.runs[0])
+    series = [Series(name, list(times), [one / _MIB for one in rate]) for name, rate in moved.items()]
+    note = "From the workers' metrics, all together; read is what came from there. First repeat."
+    name = f"{mode}-traffic-{_file(scheme)}"
+    return Chart(name, f"KV on links and tiers, {scheme}: {shown}", "seconds", "MiB / s", "steps", series, note=note)
+
+
+def _file(scheme: str) -> str:
+    """A scheme's name for a file: those of several folders have colons and spaces."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in scheme)
 
 
 def _goodput(mode: str, found: Sequence[Group]) -> Chart:

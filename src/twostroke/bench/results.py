@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, field
 
 from twostroke.bench.client import Generator, Load, Record
+from twostroke.bench.watch import Watched
 from twostroke.errors import StartupError
 
 VERSION = 1  # of our own part of a result file
@@ -83,6 +84,7 @@ class Result(Struct):
     started: float = 0.0  # unix seconds
     generator: Generator | None = None
     timelines: dict[str, list[Stamp]] = {}  # by request id, of those that the server remembers
+    watched: Watched = field(default_factory=Watched)  # empty of servers without metrics
     error: str = ""  # why the run as a whole does not count
     origin: str = ""  # the file it was read from
 
@@ -145,7 +147,7 @@ def to_json(result: Result) -> bytes:
     """A result file: the names of ``vllm bench serve`` first, then every stamp, from which they can be made again."""
     plain: dict[str, Any] = msgspec.to_builtins(result)
     records, stats = result.records, plain.pop("stats")
-    own = {name: plain.pop(name) for name in ("point", "records", "timelines", "generator", "workers", "goal", "error")}
+    own = {name: plain.pop(name) for name in _Own.__struct_fields__ if name != "version"}
     del plain["origin"]
     flat = {f"{part}_{metric}_ms": value for metric, one in stats.items() for part, value in one.items()}
     lists = {
@@ -168,6 +170,7 @@ class _Own(Struct):
     workers: int
     goal: dict[str, float]
     error: str = ""
+    watched: Watched = field(default_factory=Watched)
 
 
 class _File(Struct):
@@ -214,7 +217,8 @@ def from_json(data: bytes, origin: str) -> Result:
     return Result(
         own.point, file.duration, file.completed, file.failed, file.total_input_tokens, file.total_output_tokens,
         file.request_throughput, file.request_goodput, file.output_throughput, file.total_token_throughput, stats,
-        own.records, own.goal, own.workers, file.started, own.generator, own.timelines, own.error, origin,
+        own.records, own.goal, own.workers, file.started, own.generator, own.timelines, own.watched, own.error,
+        origin,
     )  # fmt: skip
 
 

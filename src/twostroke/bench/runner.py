@@ -20,6 +20,7 @@ from twostroke.bench.plan import Settings, Workloads
 from twostroke.bench.results import Point, Result, Stamp
 from twostroke.bench.schemes import Scheme, Understand
 from twostroke.bench.system import System, SystemDied, running
+from twostroke.bench.watch import watching
 from twostroke.bench.workload import Item, derive, tokens
 from twostroke.errors import StartupError
 from twostroke.messages import TimelineEvent
@@ -204,12 +205,17 @@ class Bench:
             await self._load(system, priming, f"{point.name}-priming", salt)
             if point.mode == "decode-only":
                 items = [replace(item, at=0.0) for item in items]
-        load = await self._load(
-            system, items, point.name, salt, lambda item: self._show.advance(len(item.prompt) + 20 * item.output_len)
-        )
+        async with watching(system.url) as watched:
+            load = await self._load(
+                system,
+                items,
+                point.name,
+                salt,
+                lambda item: self._show.advance(len(item.prompt) + 20 * item.output_len),
+            )
         workers = self._prepared.rooms[point.scheme].workers
         result = results.summarize(point, load, self._settings.goal, workers)
-        result.timelines = await timelines(system.url, load)
+        result.timelines, result.watched = await timelines(system.url, load), watched
         return result
 
     async def _load(

@@ -27,6 +27,7 @@ from twostroke.bench.machine import describe, machine
 from twostroke.bench.plan import Settings, Workloads
 from twostroke.bench.results import Point, Result
 from twostroke.bench.runner import Bench, prepare, timelines
+from twostroke.bench.watch import watching
 from twostroke.errors import StartupError
 
 _ASK = aiohttp.ClientTimeout(total=10)
@@ -124,9 +125,10 @@ async def _load(
     bar = Bar(console)
     with bar.over(float(len(items))):
         bar.run(point, 0.0)
-        loaded = await client.load(items, point.name, lambda _: bar.advance(1.0))
+        async with watching(url) as watched:
+            loaded = await client.load(items, point.name, lambda _: bar.advance(1.0))
     result = results.summarize(point, loaded, settings.goal)
-    result.timelines = await timelines(url, loaded)
+    result.timelines, result.watched = await timelines(url, loaded), watched
     console.print(table([result]))
     for error in sorted({record.error for record in result.records if record.error})[:5]:
         console.print(f"failed: {error}", style="red", markup=False)

@@ -254,6 +254,8 @@ class Pull:
         last = end == self._needed and not self._lacks_token
         alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._instance, end, last))
         self._check(alive, "its lease had ended before the blocks were read")
+        size = len(remote) * self._engine.model.layout.block_bytes
+        self._lifecycle.received(self._ways[0].link.name, len(remote), size)
         self._verified = end
         self._released = last
 
