@@ -9,7 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from tests.bench.made import colocated_stamps, pd_stamps, result, watched
-from twostroke.bench import analysis, results
+from tests.bench.test_sources import FILES
+from twostroke.bench import analysis
 from twostroke.bench.charts import charts, limits, ratios
 from twostroke.bench.folder import Folder, Metadata
 from twostroke.bench.html import Page
@@ -139,12 +140,20 @@ def test_limits_are_of_the_longest_prompts() -> None:
 
 
 def test_folders_side_by_side_and_results_of_others(folder: Path, tmp_path: Path) -> None:
-    theirs = tmp_path / "vllm.json"
-    one = results.to_json(replace(result("x"), timelines={})).replace(b'"twostroke"', b'"other"')
-    theirs.write_bytes(one.replace(b'{"duration"', b'{"backend":"vllm","request_rate":4.0,"duration"'))
-    list(write_report([folder, theirs], tmp_path / "both", "vllm: vllm"))
-    page = (tmp_path / "both" / "report.html").read_text()
-    for words in ("o: single", "o: pd", "vllm: vllm", "Against vllm: vllm"):
+    """Of vLLM, of aiperf with its requests, and of aiperf a summary alone, of which little can be drawn."""
+    summary = tmp_path / "summary.json"
+    shutil.copy(FILES / "aiperf" / "profile_export_aiperf.json", summary)
+    sources = [folder, FILES / "vllm_bench_serve.json", FILES / "aiperf", summary]
+    list(write_report(sources, tmp_path / "all", "vllm_bench_serve"))
+    page = (tmp_path / "all" / "report.html").read_text()
+    for words in (
+        "o: single",
+        "o: pd",
+        "<td>aiperf</td>",
+        "<td>summary</td>",
+        "Against vllm_bench_serve",
+        "518 tokens",
+    ):
         assert words in page
 
 

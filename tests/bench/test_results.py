@@ -89,46 +89,10 @@ def test_a_file_has_the_names_of_vllm_and_can_be_read_again() -> None:
     assert again.attained == pytest.approx(0.5)
 
 
-def test_results_of_vllm_bench_are_read() -> None:
-    saved = {
-        "date": "20261101-120000", "backend": "vllm", "label": None, "model_id": "m", "num_prompts": 2,
-        "request_rate": "inf", "burstiness": 1.0, "duration": 2.0, "completed": 2, "failed": 0,
-        "total_input_tokens": 2000, "total_output_tokens": 20, "request_throughput": 1.0, "request_goodput": None,
-        "output_throughput": 10.0, "total_token_throughput": 1010.0, "input_lens": [1000, 1000],
-        "output_lens": [10, 10], "ttfts": [0.5, 1.0], "itls": [[0.1] * 9, [0.2] * 9], "start_times": [7.0, 7.5],
-        "generated_texts": ["a", "b"], "errors": ["", ""], "mean_ttft_ms": 750.0, "median_ttft_ms": 750.0,
-        "p99_ttft_ms": 995.0,
-    }  # fmt: skip
-    result = results.from_json(json.dumps(saved).encode(), "theirs.json")
-    assert result.point == Point("vllm", "pd", "1000", math.inf)
-    assert result.stats["ttft"] == Stats(mean=750, median=750, p99=995)
-    assert result.records[1].start == 0.5
-    assert result.records[1].tpot == pytest.approx(0.2)
-
-
-def test_summaries_of_aiperf_are_read() -> None:
-    saved = {
-        "request_throughput": {"unit": "requests/sec", "avg": 2.0}, "request_count": {"avg": 20},
-        "output_token_throughput": {"avg": 20.0}, "benchmark_duration": {"unit": "sec", "avg": 10.0},
-        "time_to_first_token": {"unit": "ms", "avg": 50.0, "p50": 48.0, "p99": 90.0},
-        "inter_token_latency": {"unit": "ms", "avg": 5.0, "p50": 5.0}, "input_sequence_length": {"avg": 512.0},
-        "output_sequence_length": {"avg": 10.0},
-    }  # fmt: skip
-    result = results.from_json(json.dumps(saved).encode(), "aiperf.json")
-    assert (result.point.scheme, result.point.length, result.completed) == ("aiperf", 512, 20)
-    assert result.stats["ttft"].p99 == 90
-    assert result.total_token_throughput == 20 + 2 * 512
-
-
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"duration": "long"}', b"\xff"])
 def test_other_files_are_refused_by_name(data: bytes) -> None:
     with pytest.raises(StartupError, match=r"x\.json"):
         results.from_json(data, "x.json")
-
-
-def test_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="no benchmark results"):
-        results.read_folder(tmp_path)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

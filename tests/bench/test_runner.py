@@ -12,7 +12,7 @@ from starlette.types import Send
 
 from tests.bench.made import result
 from tests.bench.serving import Server, refuse, serving, two_tokens
-from twostroke.bench import results, runner
+from twostroke.bench import results, runner, sources
 from twostroke.bench.checks import Machine, ModelFacts
 from twostroke.bench.folder import Folder, Metadata
 from twostroke.bench.plan import Settings, Workloads
@@ -109,7 +109,7 @@ async def test_schemes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made.shown.runs == [f"{s}.pd.{n}.rate-inf.{r}" for r in (0, 1) for s in "ab" for n in (5, 9)]
     assert made.files() == sorted(f"{name}.json" for name in made.shown.runs)
     assert made.bench.todo() == []
-    assert made.shown.weights == sum(made.bench.weight(run.point) for run in results.read_folder(made.folder.path))
+    assert made.shown.weights == sum(made.bench.weight(run.point) for run in sources.read(made.folder.path))
     salts = [body["cache_salt"] for body in made.server.bodies if "warm-up" not in str(body["cache_salt"])]
     assert sorted(set(map(str, salts))) == sorted(made.shown.runs), "no run finds blocks of another"
 
@@ -176,7 +176,7 @@ async def test_failed_requests_do_not_stop_a_run(tmp_path: Path, monkeypatch: py
 
     async with rig(tmp_path / "o", monkeypatch, answer) as made:
         await made.bench.run()
-    counts = {run.point.name: (run.completed, run.failed) for run in results.read_folder(tmp_path / "o")}
+    counts = {run.point.name: (run.completed, run.failed) for run in sources.read(tmp_path / "o")}
     assert counts.pop("a.pd.9.rate-inf.0") == (0, 2)
     assert set(counts.values()) == {(2, 0)}
 

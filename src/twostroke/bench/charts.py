@@ -153,6 +153,8 @@ def _waterfall(mode: str, found: Sequence[Group], shown: str) -> Chart:
 def _percentiles(mode: str, found: Sequence[Group], shown: str) -> Chart:
     series = []
     for group in found:
+        if not group.records:  # a summary of another tool
+            continue
         values = np.percentile([1e3 * record.ttft for record in group.records], _PERCENTILES)
         series.append(Series(group.key.scheme, [float(p) for p in _PERCENTILES], values.tolist(), group.key.scheme))
     title = f"Time to first token by percentile: {shown}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from twostroke.bench import analysis, png, results
+from twostroke.bench import analysis, png, results, sources
 from twostroke.bench.analysis import Group
 from twostroke.bench.charts import charts, limits, ratios
 from twostroke.bench.folder import METADATA, Metadata, plain, read_metadata
@@ -65,13 +65,18 @@ def write_report(folders: Sequence[Path], where: Path, base: str | None) -> Iter
 
 def _named(folder: Path, several: bool) -> list[Result]:
     """A folder's runs, whose schemes are called after it where there are several folders."""
-    runs = results.read_folder(folder)
+    runs = sources.read(folder)
     if (folder / METADATA).is_file():
         order = list(read_metadata(folder).schemes)
         runs.sort(key=lambda run: order.index(run.point.scheme) if run.point.scheme in order else len(order))
     if not several:
         return runs
-    return [replace(run, point=replace(run.point, scheme=f"{folder.stem}: {run.point.scheme}")) for run in runs]
+    return [replace(run, point=replace(run.point, scheme=_within(folder, run.point.scheme))) for run in runs]
+
+
+def _within(folder: Path, scheme: str) -> str:
+    """Runs of other tools are called after their file already."""
+    return scheme if scheme in (folder.name, folder.stem) else f"{folder.name}: {scheme}"
 
 
 def _introduce(page: Page, metadata: dict[Path, Metadata]) -> None:

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,8 +172,8 @@ class _Own(Struct):
     watched: Watched = field(default_factory=Watched)
 
 
-class _File(Struct):
-    """What is read of a result file, be it ours or that of ``vllm bench serve``."""
+class Figures(Struct):
+    """What a result file of ours and one of ``vllm bench serve`` have in common."""
 
     duration: float
     completed: int
@@ -185,35 +184,26 @@ class _File(Struct):
     total_token_throughput: float
     failed: int = 0
     request_goodput: float | None = None
+
+
+class _File(Figures, kw_only=True):
     started: float = 0.0
-    request_rate: float | str | None = None
-    backend: str | None = None
-    model_id: str | None = None
-    label: str | None = None
-    input_lens: list[int] = []
-    output_lens: list[int] = []
-    ttfts: list[float] = []
-    itls: list[list[float]] = []
-    start_times: list[float] = []
-    errors: list[str] = []
-    twostroke: _Own | None = None
+    twostroke: _Own
 
 
 def from_json(data: bytes, origin: str) -> Result:
-    """Read a result file of ours, of ``vllm bench serve`` or (summaries only) of aiperf.
+    """Read a result file of ours.
 
     Raises:
-        StartupError: it is none of these.
+        StartupError: it is none.
     """
     try:
         fields: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-        if "time_to_first_token" in fields:
-            return _of_aiperf(fields, origin)
         file = msgspec.convert(fields, _File, strict=False)
-        stats: dict[str, Stats] = {metric: _stats(fields, metric) for metric in METRICS}
+        stats: dict[str, Stats] = {metric: read_stats(fields, metric) for metric in METRICS}
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StartupError(f"{origin} is no benchmark result: {error}") from error
-    own = file.twostroke or _foreign(file, origin)
+    own = file.twostroke
     return Result(
         own.point, file.duration, file.completed, file.failed, file.total_input_tokens, file.total_output_tokens,
         file.request_throughput, file.request_goodput, file.output_throughput, file.total_token_throughput, stats,
@@ -222,19 +212,10 @@ def from_json(data: bytes, origin: str) -> Result:
     )  # fmt: skip
 
 
-def read_folder(folder: Path) -> list[Result]:
-    """Every run of a result folder; of another tool's folder, or a single file, every result file there is.
-
-    Raises:
-        StartupError: there is no result, or a file is none.
-    """
-    if folder.is_file():
-        return [from_json(folder.read_bytes(), folder.name)]
-    runs = folder / "runs"
-    files = sorted((runs if runs.is_dir() else folder).glob("*.json"))
-    if not files:
-        raise StartupError(f"{folder} holds no benchmark results")
-    return [from_json(file.read_bytes(), file.name) for file in files]
+def read_stats(fields: Mapping[str, Any], metric: str) -> Stats:
+    """Of one metric, from a file with the names of ``vllm bench serve``."""
+    names = Stats.__struct_fields__
+    return msgspec.convert({name: fields.get(f"{name}_{metric}_ms") for name in names}, Stats)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -255,54 +236,6 @@ def write(path: Path, data: bytes) -> None:
         raise StartupError(
             f"cannot write {path}: {error.strerror}; make room and run the same command again, it goes on from there"
         ) from error
-
-
-def _stats(fields: Mapping[str, Any], metric: str) -> Stats:
-    names = Stats.__struct_fields__
-    return msgspec.convert({name: fields.get(f"{name}_{metric}_ms") for name in names}, Stats)
-
-
-def _foreign(file: _File, origin: str) -> _Own:
-    """What we can tell of a run of ``vllm bench serve``; the stamps are there only with ``--save-detailed``."""
-    rate = float(file.request_rate or "inf")
-    lengths = set(file.input_lens)
-    per_request = file.total_input_tokens // max(1, file.completed)
-    workload = str(lengths.pop() if len(lengths) == 1 else per_request)
-    name = file.label or file.backend or Path(origin).stem
-    return _Own(VERSION, Point(name, "pd", workload, rate), list(_foreign_records(file, origin)), {}, None, 1, {})
-
-
-def _foreign_records(file: _File, origin: str) -> Iterable[Record]:
-    first = min(file.start_times, default=0.0)
-    rows = zip(file.start_times, file.input_lens, file.output_lens, file.ttfts, file.itls, file.errors, strict=False)
-    for i, (at, input_len, output_len, ttft, itl, error) in enumerate(rows):
-        chunks = [] if error else list(accumulate([ttft, *itl]))
-        start = at - first
-        yield Record(f"{origin}-{i}", start, start, input_len, output_len, output_len, chunks, error=error)
-
-
-def _of_aiperf(fields: Mapping[str, Any], origin: str) -> Result:
-    """The summary that aiperf exports: an object for each metric, with ``avg`` and percentiles."""
-
-    def value(name: str, part: str = "avg") -> float:
-        return float((fields.get(name) or {}).get(part) or 0.0)
-
-    def stats(name: str) -> Stats:
-        parts = {"mean": "avg", "median": "p50", "std": "std", "p50": "p50", "p90": "p90", "p99": "p99"}
-        return Stats(**{ours: (fields.get(name) or {}).get(theirs) for ours, theirs in parts.items()})
-
-    completed, rate = round(value("request_count")), value("request_throughput")
-    inputs = value("input_sequence_length")
-    output = value("output_token_throughput")
-    return Result(
-        Point(Path(origin).stem, "pd", str(round(inputs)), float("inf")),
-        value("benchmark_duration"), completed, round(value("error_request_count")), round(inputs * completed),
-        round(value("output_sequence_length") * completed), rate, None, output,
-        value("total_token_throughput") or output + rate * inputs,
-        {"ttft": stats("time_to_first_token"), "tpot": stats("inter_token_latency"), "itl": Stats(),
-         "e2el": stats("request_latency")},
-        [], origin=origin,
-    )  # fmt: skip
 
 
 def jsonable(value: Any) -> Any:  # noqa: ANN401 - any JSON

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from twostroke import models
-from twostroke.bench import results, workload
+from twostroke.bench import results, sources, workload
 from twostroke.bench import schemes as known
 from twostroke.bench.checks import read_model
 from twostroke.bench.client import Client
@@ -73,7 +73,7 @@ def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Pat
     missing = bench.todo()
     for point in missing:
         console.print(f"failed: {point.name}", style="red", markup=False)
-    console.print(table(results.read_folder(output)))
+    console.print(table(sources.read(output)))
     if can_report:
         report([output], None, None)
     return 1 if missing else 0
