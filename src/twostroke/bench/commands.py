@@ -1,11 +1,16 @@
 """The verbs of ``twostroke bench``. What they need is imported when one is chosen."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_args
 
 from cyclopts import App, Parameter
 
 from twostroke.errors import StartupError
+
+if TYPE_CHECKING:
+    from twostroke.bench.plan import Settings
+    from twostroke.bench.workload import Chat, Grid
 
 app = App(name="bench", help="Measure schemes, or any server, and show why one is faster.")
 
@@ -13,7 +18,70 @@ Preset = Literal["quick", "reference", "chat"]
 ModeName = Literal["prefill-only", "decode-only", "pd", "all"]
 DialectName = Literal["completions", "chat", "generate"]
 Number = TypeVar("Number", int, float)
-Words = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What is sent, the same for ``run`` and ``client``. What is not given is the preset's."""
+
+    num_prompts: int | None = None
+    "Requests of a run."
+    request_rate: str | None = None
+    "Requests a second: 4, or for run 1,2,4; inf is all at once."
+    burstiness: float | None = None
+    "1 is Poisson; less is burstier."
+    output_len: int | None = None
+    "Tokens of every answer."
+    seed: int | None = None
+    "Of prompts and arrivals."
+    trace: Path | None = None
+    "Requests of a file in Mooncake's format instead."
+    trace_scale: float = 1.0
+    "Shortens its prompts and answers."
+    goodput: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    "Limits in ms that a good request meets: ttft:2000 tpot:40."
+    timeout: float = 600.0
+    "Seconds for one request."
+
+    def settings(self, base: "Grid", input_lens: tuple[int, ...] | None, chat: "Chat | None") -> "Settings":
+        """What these options make of a preset.
+
+        Raises:
+            StartupError: a number is out of range.
+        """
+        from msgspec.structs import replace
+
+        from twostroke.bench import workload
+        from twostroke.bench.plan import Settings
+
+        rates = _numbers(self.request_rate, float, "--request-rate") if self.request_rate else (base.request_rate,)
+        changes = {
+            "input_lens": input_lens,
+            "num_prompts": self.num_prompts,
+            "output_len": self.output_len,
+            "burstiness": self.burstiness,
+            "seed": self.seed,
+            "request_rate": rates[0],
+        }
+        grid = replace(base, **{name: value for name, value in changes.items() if value is not None})
+        if min(*grid.input_lens, grid.num_prompts, grid.output_len) < 1:
+            raise StartupError("lengths and numbers of requests must be above 0")
+        if not self.timeout > 0 or not self.trace_scale > 0:
+            raise StartupError("--timeout and --trace-scale must be above 0")
+        workload.arrivals(1, min(rates), grid.burstiness, 0)
+        return Settings(
+            grid=grid,
+            rates=rates,
+            chat=chat,
+            trace=str(self.trace.resolve()) if self.trace else None,
+            trace_scale=self.trace_scale,
+            goal=_goal(self.goodput),
+            timeout=self.timeout,
+        )
+
+
+DEFAULT_LOAD = LoadOptions()
 
 
 @app.command
@@ -27,19 +95,11 @@ def run(
     preset: Preset = "quick",
     mode: ModeName = "pd",
     input_lens: str | None = None,
-    num_prompts: int | None = None,
-    request_rate: str | None = None,
-    burstiness: float | None = None,
-    output_len: int | None = None,
-    seed: int | None = None,
-    trace: Path | None = None,
-    trace_scale: float = 1.0,
+    load: LoadOptions = DEFAULT_LOAD,
     repeat: int = 1,
     cold: Annotated[bool, Parameter(negative="--warm")] = True,
-    goodput: Words = (),
     rate_sweep: bool = False,
     up: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
-    timeout: float = 600.0,
     unavailable: Literal["skip", "refuse"] = "skip",
 ) -> int:
     """Start each scheme, measure it, stop it; then write a report. Run it again and it goes on where it was.
@@ -55,78 +115,36 @@ def run(
     scheme_file
         More schemes (TOML): a table each, with up = "--prefill 2 ...".
     preset
-        What is sent; the options below change it.
+        What is sent; other options change it.
     mode
         Output 1, KV in place already, or the whole flow.
     input_lens
         Prompt lengths in tokens: 100,1000.
-    num_prompts
-        Requests of a run.
-    request_rate
-        Requests a second: 4, or 1,2,4; inf is all at once.
-    burstiness
-        1 is Poisson; less is burstier.
-    output_len
-        Tokens of every answer.
-    seed
-        Of prompts and arrivals.
-    trace
-        Requests of a file in Mooncake's format instead.
-    trace_scale
-        Shortens its prompts and answers.
     repeat
         Times, the schemes in turn.
     cold
         Each run finds caches without its prompts; or every prompt was sent once before.
-    goodput
-        Limits in ms that a good request meets: ttft:2000 tpot:40.
     rate_sweep
         Find the highest rate at which 90 % are good.
     up
         More arguments of up, for every scheme.
-    timeout
-        Seconds for one request.
     unavailable
         What becomes of schemes that cannot run here.
     """
     from msgspec.structs import replace
 
     from twostroke.bench import session, workload
-    from twostroke.bench.plan import MODES, Settings
+    from twostroke.bench.plan import MODES
 
     base = workload.REFERENCE if preset == "reference" else workload.QUICK
-    rates = _numbers(request_rate, float, "--request-rate") if request_rate else (base.request_rate,)
-    changes = {
-        "input_lens": _numbers(input_lens, int, "--input-lens") if input_lens else None,
-        "num_prompts": num_prompts,
-        "output_len": output_len,
-        "burstiness": burstiness,
-        "seed": seed,
-        "request_rate": rates[0],
-    }
-    grid = replace(base, **{name: value for name, value in changes.items() if value is not None})
-    numbers = (*grid.input_lens, grid.num_prompts, grid.output_len, repeat)
-    if min(numbers) < 1 or not timeout > 0 or not trace_scale > 0:
-        raise StartupError("lengths, numbers, --repeat, --timeout and --trace-scale must be above 0")
-    workload.arrivals(1, min(rates), grid.burstiness, 0)
-    goal = _goal(goodput)
-    if rate_sweep and not goal:
+    lengths = _numbers(input_lens, int, "--input-lens") if input_lens else None
+    settings = load.settings(base, lengths, workload.Chat() if preset == "chat" else None)
+    if repeat < 1:
+        raise StartupError(f"--repeat must be above 0, not {repeat}")
+    if rate_sweep and not settings.goal:
         raise StartupError("--rate-sweep looks for the highest good rate: say what is good with --goodput")
-    settings = Settings(
-        model=model,
-        grid=grid,
-        modes=MODES if mode == "all" else (mode,),
-        rates=rates,
-        chat=workload.Chat() if preset == "chat" else None,
-        trace=str(trace.resolve()) if trace else None,
-        trace_scale=trace_scale,
-        repeats=repeat,
-        cold=cold,
-        goal=goal,
-        sweep=rate_sweep,
-        up=up,
-        timeout=timeout,
-    )
+    modes = MODES if mode == "all" else (mode,)
+    settings = replace(settings, model=model, modes=modes, repeats=repeat, cold=cold, sweep=rate_sweep, up=up)
     names = [name.strip() for name in schemes.split(",")] if schemes else None
     return session.run(settings, output, names, scheme_file, refuse=unavailable == "refuse")
 
@@ -137,22 +155,14 @@ def client(
     base_url: str,
     dialect: DialectName = "completions",
     model: str | None = None,
-    input_len: int = 1000,
-    output_len: int = 10,
-    num_prompts: int = 16,
-    request_rate: float = 4.0,
-    burstiness: float = 1.0,
-    seed: int = 45,
-    vocab_size: int = 32_000,
     preset: Literal["random", "chat"] = "random",
-    trace: Path | None = None,
-    trace_scale: float = 1.0,
+    input_len: int = 1000,
+    load: LoadOptions = DEFAULT_LOAD,
+    vocab_size: int = 32_000,
     text: bool = False,
     ignore_eos: Annotated[bool, Parameter(negative="--stop-at-eos")] = True,
     cache_salt: str | None = None,
     api_key_file: Path | None = None,
-    timeout: float = 600.0,
-    goodput: Words = (),
     label: str | None = None,
     output: Path | None = None,
 ) -> int:
@@ -166,26 +176,12 @@ def client(
         Endpoint: /v1/completions, /v1/chat/completions or /generate.
     model
         Name of the model. [default: what /v1/models says first]
-    input_len
-        Tokens of a prompt (words, with --text or chat).
-    output_len
-        Tokens of an answer.
-    num_prompts
-        Requests.
-    request_rate
-        Requests a second; inf is all at once.
-    burstiness
-        1 is Poisson; less is burstier.
-    seed
-        Of prompts and arrivals.
-    vocab_size
-        Token ids are of its middle three quarters.
     preset
         Random prompts, or conversations with shared prefixes.
-    trace
-        Requests of a file in Mooncake's format instead.
-    trace_scale
-        Shortens its prompts and answers.
+    input_len
+        Tokens of a prompt (words, with --text or chat).
+    vocab_size
+        Token ids are of its middle three quarters.
     text
         Prompts as words, for servers that take no token ids.
     ignore_eos
@@ -194,10 +190,6 @@ def client(
         Keeps the prompts out of the server's prefix cache.
     api_key_file
         File that holds the key, if the server wants one.
-    timeout
-        Seconds for one request.
-    goodput
-        Limits in ms that a good request meets: ttft:2000 tpot:40.
     label
         What the result is called. [default: the URL's host and port]
     output
@@ -205,20 +197,13 @@ def client(
     """
     from twostroke.bench import session
     from twostroke.bench.dialect import Asking
-    from twostroke.bench.plan import Settings
-    from twostroke.bench.workload import Chat, Grid
+    from twostroke.bench.workload import CLIENT, Chat
 
-    if min(input_len, output_len, num_prompts) < 1 or vocab_size < 2 or not timeout > 0 or not trace_scale > 0:
-        raise StartupError("lengths, numbers, --timeout and --trace-scale must be above 0")
-    grid = Grid((input_len,), output_len, num_prompts, request_rate, burstiness, seed)
-    settings = Settings(
-        grid=grid,
-        chat=Chat() if preset == "chat" else None,
-        trace=str(trace) if trace else None,
-        trace_scale=trace_scale,
-        goal=_goal(goodput),
-        timeout=timeout,
-    )
+    settings = load.settings(CLIENT, (input_len,), Chat() if preset == "chat" else None)
+    if len(settings.rates) > 1:
+        raise StartupError("the client sends at one --request-rate")
+    if vocab_size < 2:
+        raise StartupError(f"--vocab-size must be at least 2, not {vocab_size}")
     asking = Asking(dialect, model, text or dialect == "chat", cache_salt, ignore_eos)
     return session.load(base_url, asking, settings, vocab_size, api_key_file, label, output)
 

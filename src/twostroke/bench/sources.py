@@ -2,8 +2,8 @@
 
 Of aiperf's requests, where a file tells them, the figures are made again by our definitions. They differ: aiperf's
 "inter-token latency" of a request is our TPOT, but divides by the tokens that its own tokenizer makes of the answer's
-text, ours by the server's count where it is known; and its duration leaves out failed requests. A summary alone is taken
-as it is.
+text, ours by the server's count where it is known; and its duration leaves out failed requests. A summary alone is
+taken as it is.
 """
 
 from collections.abc import Iterable, Mapping

@@ -52,6 +52,7 @@ class Chat(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 REFERENCE = Grid()
+CLIENT = Grid(input_lens=(1000,), num_prompts=16, request_rate=4.0)
 QUICK = Grid(input_lens=(100, 500, 1000), num_prompts=8, request_rate=4.0)
 
 
