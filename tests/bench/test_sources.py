@@ -2,6 +2,7 @@
 model with a small context, so that half of its requests failed.
 """
 
+import gzip
 import json
 import math
 import shutil
@@ -89,6 +90,16 @@ def test_what_is_no_result_is_refused_by_name(data: bytes, tmp_path: Path) -> No
 def test_records_that_are_none(data: bytes, words: str) -> None:
     with pytest.raises(StartupError, match=words):
         sources.of_aiperf_records(data, "x")
+
+
+def test_compressed_results_and_what_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(VLLM.read_bytes()))
+    (tmp_path / "notes.txt").write_text("none")
+    (run,) = sources.read(tmp_path)
+    assert (run.point.scheme, run.completed) == ("a", 6)
+    (tmp_path / "b.json.gz").write_bytes(b"\x1f\x8b cut off")
+    with pytest.raises(StartupError, match="cannot be read"):
+        sources.read(tmp_path)
 
 
 def test_a_folder_without_results(tmp_path: Path) -> None:

@@ -73,8 +73,7 @@ def _of_mode(mode: str, found: list[Group]) -> list[Chart]:
         _itl(mode, widest, shown),
         _goodput(mode, found),
         _pareto(mode, found),
-        *(_requests(mode, group, shown) for group in widest),
-        *(_traffic(mode, group, shown) for group in widest),
+        *(draw(mode, group, shown) for group in widest for draw in (_requests, _traffic)),
     ]
     return made
 

@@ -1,4 +1,4 @@
-"""Charts and tables as one HTML file that opens without network: Plotly is in it, compressed."""
+"""Charts and tables as one HTML file that opens without network: Plotly and the figures are in it, compressed."""
 
 import gzip
 import html
@@ -49,7 +49,7 @@ class Page:
         note = f"<figcaption>{html.escape(chart.note)}</figcaption>" if chart.note else ""
         label = html.escape(chart.title, quote=True)
         height = f" style='height:{150 + 44 * len(chart.series[0].y)}px'" if chart.kind == "stack" else ""
-        wide = " class=full" if chart.kind in ("stack", "steps") else ""
+        wide = " class=full" if chart.kind == "stack" else ""
         plot = f"<div class=plot id=plot-{len(self._figures)} role=img aria-label='{label}'{height}></div>"
         self._body.append(f"<figure{wide}><h3>{html.escape(chart.title)}</h3>{plot}{note}</figure>")
         self._figures.append(_figure(chart, colours, palette))
@@ -60,12 +60,15 @@ class Page:
 
     def write(self, plotly: str) -> bytes:
         """The whole page, with Plotly's source in it."""
-        packed = b85encode(gzip.compress(plotly.encode(), 9, mtime=0)).translate(_SAFE).decode()
-        figures = msgspec.json.encode(self._figures).decode().replace("<", "\\u003c")
         return _PAGE.format(
-            title=html.escape(self._title), style=_STYLE, body="\n".join(self._body), packed=packed, figures=figures,
-            script=_SCRIPT,
+            title=html.escape(self._title), style=_STYLE, body="\n".join(self._body), plotly=_pack(plotly.encode()),
+            figures=_pack(msgspec.json.encode(self._figures)), script=_SCRIPT,
         ).encode()  # fmt: skip
+
+
+def _pack(data: bytes) -> str:
+    """Compressed, in letters that HTML leaves alone."""
+    return b85encode(gzip.compress(data, 9, mtime=0)).translate(_SAFE).decode()
 
 
 def _figure(chart: Chart, colours: Mapping[str, str], palette: tuple[str, ...]) -> dict[str, Any]:
@@ -123,8 +126,8 @@ _PAGE = """<!doctype html>
 <noscript><p>The charts are drawn by a script; the PNG files beside this page need none.</p></noscript>
 {body}
 </main>
-<script type="text/plain" id="packed">{packed}</script>
-<script type="application/json" id="figures">{figures}</script>
+<script type="text/plain" id="plotly">{plotly}</script>
+<script type="text/plain" id="figures">{figures}</script>
 <script>{script}</script></body></html>
 """
 
@@ -141,7 +144,7 @@ main > figure { grid-column: span 1; } main > figure.full { grid-column: 1 / -1;
 h1 { margin: 0 0 4px; font-size: 26px; } h2 { margin: 28px 0 6px; font-size: 19px; } p { margin: 4px 0; }
 h3 { margin: 0; font-size: 14px; } figcaption { color: var(--soft); font-size: 12px; }
 figure { margin: 10px 0; padding: 12px; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
-.plot { height: 320px; } .wide { overflow-x: auto; }
+.plot { height: 350px; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 3px 12px 3px 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } td.n { text-align: right; }
@@ -154,7 +157,7 @@ ul { margin: 4px 0; padding-left: 20px; } pre { overflow-x: auto; font-size: 12p
 
 _SCRIPT = r"""
 "use strict";
-function unpack(text) {
+function decode(text) {
   const letters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%,()*+-;.=>?@^_`{|}~";
   const values = new Uint8Array(128);
   for (let i = 0; i < 85; i++) values[letters.charCodeAt(i)] = i;
@@ -166,24 +169,26 @@ function unpack(text) {
   }
   return bytes.subarray(0, bytes.length - padding);
 }
+function unpack(id) {
+  const packed = decode(document.getElementById(id).textContent);
+  return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
 function themed(layout, light) {
   const style = getComputedStyle(document.documentElement);
   const [ink, line] = light ? ["#000", "#ccc"] : ["--ink", "--line"].map(name => style.getPropertyValue(name).trim());
   const copy = structuredClone(layout);
   Object.assign(copy, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 },
-    margin: { l: 60, r: 16, t: 12, b: 44 }, hovermode: "closest",
-    legend: { orientation: "h", y: -0.22, traceorder: "normal" } });
+    margin: { l: 60, r: 16, t: 12, b: 84 }, hovermode: "closest",
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", traceorder: "normal" } });
   const lines = { gridcolor: line, zerolinecolor: line, linecolor: line };
   for (const axis of [copy.xaxis, copy.yaxis]) Object.assign(axis, lines);
   return copy;
 }
 (async () => {
-  const packed = unpack(document.getElementById("packed").textContent);
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
-  script.textContent = await new Response(stream).text();
+  script.textContent = await unpack("plotly");
   document.head.append(script);
-  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const figures = JSON.parse(await unpack("figures"));
   const draw = light => Promise.all(figures.map((figure, i) =>
     Plotly.react("plot-" + i, figure.data, themed(figure.layout, light), { responsive: true, displayModeBar: false })));
   await draw(false);

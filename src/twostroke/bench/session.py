@@ -31,6 +31,7 @@ from twostroke.bench.watch import watching
 from twostroke.errors import StartupError
 
 _ASK = aiohttp.ClientTimeout(total=10)
+_TABLE_WIDTH = 160  # characters, at most
 
 
 def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Path | None, *, refuse: bool) -> int:
@@ -73,7 +74,7 @@ def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Pat
     missing = bench.todo()
     for point in missing:
         console.print(f"failed: {point.name}", style="red", markup=False)
-    console.print(table(sources.read(output)))
+    show(console, sources.read(output))
     if can_report:
         report([output], None, None)
     return 1 if missing else 0
@@ -129,7 +130,7 @@ async def _load(
             loaded = await client.load(items, point.name, lambda _: bar.advance(1.0))
     result = results.summarize(point, loaded, settings.goal)
     result.timelines, result.watched = await timelines(url, loaded), watched
-    console.print(table([result]))
+    show(console, [result])
     for error in sorted({record.error for record in result.records if record.error})[:5]:
         console.print(f"failed: {error}", style="red", markup=False)
     if result.generator is not None:
@@ -168,6 +169,11 @@ def generator_line(result: Result) -> str:
         f"{own.cpu_us_per_request:.0f} µs of CPU a request, {own.cpu_us_per_token:.0f} a token"
     )
     return line + (" - IT MAY HAVE BEEN THE LIMIT" if own.limited else "")
+
+
+def show(console: Console, runs: Sequence[Result]) -> None:
+    """Print runs as a table, as wide as it is: on a narrow terminal its lines wrap, and lose no figure."""
+    console.print(table(runs), width=_TABLE_WIDTH, crop=False, no_wrap=True, overflow="ignore")
 
 
 def table(runs: Sequence[Result]) -> Table:

@@ -6,6 +6,8 @@ text, ours by the server's count where it is known; and its duration leaves out 
 taken as it is.
 """
 
+import gzip
+import zlib
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -35,17 +37,24 @@ def read(path: Path) -> list[Result]:
         if (path / AIPERF_RECORDS).exists():
             return [_decode(path / AIPERF_RECORDS)]
         runs = path / "runs"
-        files = sorted((runs if runs.is_dir() else path).glob("*.json"))
+        files = sorted(file for file in (runs if runs.is_dir() else path).iterdir() if _is_result(file))
         if not files:
             raise StartupError(f"{path} holds no benchmark results")
         return [_decode(file) for file in files]
-    except OSError as error:
-        raise StartupError(f"cannot read {error.filename}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise StartupError(f"{path} cannot be read: {error}") from error
+
+
+def _is_result(file: Path) -> bool:
+    """By its name; compressed ones are those that were put away (``benchmarks/results``)."""
+    return file.name.endswith((".json", ".json.gz")) and not file.name.startswith(".")
 
 
 def _decode(file: Path) -> Result:
     data = file.read_bytes()
-    name = file.parent.name if file.name in (AIPERF_RECORDS, _AIPERF_SUMMARY) else file.stem
+    if file.suffix == ".gz":
+        data = gzip.decompress(data)
+    name = file.parent.name if file.name in (AIPERF_RECORDS, _AIPERF_SUMMARY) else file.name.partition(".json")[0]
     return of_aiperf_records(data, name) if file.suffix == ".jsonl" else decode(data, name)
 
 

@@ -1,0 +1,130 @@
+"""The quick preset over every scheme, and what the README says of it.
+
+    python -m benchmarks.bench_quick [--repeat 2] [--schemes a,b] [--publish-only]
+
+Measures into ``build/bench_quick`` (interrupted, it goes on there; a finished one is only published again, so remove
+the folder to measure anew), copies what is worth keeping to ``benchmarks/results/bench_quick``, and rewrites the
+README's part between the comments that name this script. Two repeats take some 15 minutes on two idle cores.
+"""
+
+import argparse
+import gzip
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import RESULTS
+from twostroke.bench import analysis, sources
+from twostroke.bench.analysis import Group
+from twostroke.bench.charts import limits, ratios
+from twostroke.bench.folder import Metadata, read_metadata
+
+ROOT = Path(__file__).parents[1]
+MEASURED, KEPT = ROOT / "build" / "bench_quick", RESULTS / "bench_quick"
+CHARTS = ("pd-waterfall",)  # shown in the README
+BASE = "colocated"
+MOST_BYTES = 2 << 20
+_PART = re.compile(r"(<!-- written by benchmarks/bench_quick\.py -->\n).*(<!-- until here -->\n)", re.DOTALL)
+
+
+def measure(repeats: int, schemes: str | None, up: str) -> None:
+    """Run the benchmark. What is there already is not measured again."""
+    command = [sys.executable, "-m", "twostroke", "bench", "run", "--output", str(MEASURED), "--repeat", str(repeats)]
+    command += ["--up", up, *(["--schemes", schemes] if schemes else [])]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        sys.exit(f"not everything was measured ({done.returncode}); the same command goes on from there")
+
+
+def keep() -> None:
+    """Copy runs (compressed), metadata, report and the README's charts into the results."""
+    shutil.rmtree(KEPT, ignore_errors=True)
+    (KEPT / "runs").mkdir(parents=True)
+    (KEPT / "charts").mkdir()
+    for file in sorted((MEASURED / "runs").glob("*.json")):
+        packed = gzip.compress(file.read_bytes(), 9, mtime=0)
+        (KEPT / "runs" / f"{file.name}.gz").write_bytes(packed)
+    for name in ("metadata.json", "report.html", *(f"charts/{chart}.png" for chart in CHARTS)):
+        shutil.copy(MEASURED / name, KEPT / name)
+    size = sum(file.stat().st_size for file in KEPT.rglob("*") if file.is_file())
+    print(f"{KEPT.relative_to(ROOT)}: {size / 2**20:.2f} MiB")
+    if size > MOST_BYTES:
+        sys.exit(f"that is more than {MOST_BYTES / 2**20:.0f} MiB: keep fewer repeats")
+
+
+def text(found: Sequence[Group], metadata: Metadata) -> str:
+    """What the README says: a table, a chart, and what limits each scheme."""
+    settings, machine = metadata.settings, metadata.machine
+    grid, repeats = settings.grid, max(len(group.runs) for group in found)
+    failed = sum(group.failed for group in found)
+    lengths = " / ".join(f"{length:,}" for length in grid.input_lens)
+    longest = f"{max(grid.input_lens):,}"
+    against = {group.key.scheme: ratio for group, ratio in ratios(found, BASE) if _is_longest(group, grid.input_lens)}
+    rows = [
+        f"| `{name}`: {scheme.about} | {_of(found, name, 'ttft', 1e-3)} | {_of(found, name, 'tpot', 1)} "
+        f"| {_of(found, name, 'total_token_throughput', 1)} | {_ratios(against.get(name, {}))} |"
+        for name, scheme in metadata.schemes.items()
+    ]
+    chart = f"![where the time went]({(KEPT / 'charts' / 'pd-waterfall.png').relative_to(ROOT)})"
+    said = [f"- `{what.partition(' ')[0]}`: {why}." for what, why in limits(found)]
+    report = (KEPT / "report.html").relative_to(ROOT)
+    lines = [
+        f"The quick preset ([report]({report}), to be opened from a checkout): {grid.num_prompts} prompts at "
+        f"{grid.request_rate:g} a second, {grid.output_len} tokens each, `{settings.up.strip() or 'default options'}`, "
+        f"{machine['cores']} cores of {machine['cpu']}, {str(machine['date'])[:10]}. Medians of {repeats} repeats, the "
+        f"schemes in turn; {failed} requests failed. Load on the machine before: {machine['load']:.1f}.",
+        "",
+        f"| | TTFT, {lengths} tokens, s | TPOT, ms | tokens / s | at {longest}, over those of `{BASE}` |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        chart,
+        "",
+        f"What limits each scheme at {longest} tokens, from the measured shares:",
+        "",
+        *said,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _is_longest(group: Group, lengths: Sequence[int]) -> bool:
+    return group.key.workload == str(max(lengths))
+
+
+def _of(found: Sequence[Group], scheme: str, figure: str, scale: float) -> str:
+    values = [group.median(figure) for group in found if group.key.scheme == scheme]
+    return " / ".join("-" if value is None else f"{value * scale:,.3g}" for value in values)
+
+
+def _ratios(ratio: dict[str, float | None]) -> str:
+    values = (ratio.get(figure) for figure in ("ttft", "tpot", "total_token_throughput"))
+    return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
+
+
+def publish() -> None:
+    """Keep the results and rewrite the README's part."""
+    keep()
+    found, metadata = analysis.groups(sources.read(KEPT)), read_metadata(KEPT)
+    order = list(metadata.schemes)
+    found.sort(key=lambda group: order.index(group.key.scheme))
+    found.sort(key=lambda group: group.place)
+    readme = ROOT / "README.md"
+    written, parts = _PART.subn(lambda match: match[1] + text(found, metadata) + match[2], readme.read_text())
+    assert parts == 1, "the README has the two comments once"
+    readme.write_text(written)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--schemes")
+    parser.add_argument("--up", default="--dtype float32", help="more arguments of `twostroke up`")
+    parser.add_argument("--publish-only", action="store_true")
+    asked = parser.parse_args()
+    if not asked.publish_only:
+        measure(asked.repeat, asked.schemes, asked.up)
+    publish()
