@@ -80,6 +80,8 @@ def test_presets_and_what_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
         (("client", "--base-url", "http://127.0.0.1:9", "--output-len", "0"), "above 0"),
         (("client", "--base-url", "http://127.0.0.1:9", "--request-rate", "1,2"), "one --request-rate"),
         (("client", "--base-url", "http://127.0.0.1:9", "--vocab-size", "1"), "--vocab-size"),
+        (("run", "--output", "o", "--trace", "t", "--request-rate", "1"), "times of its own"),
+        (("run", "--output", "o", "--trace", "t", "--rate-sweep", "--goodput", "ttft:1"), "times of its own"),
         (("run", "--output", "o", "--repeat", "0"), "--repeat"),
         (("run", "--output", "o", "--timeout", "0"), "--timeout"),
         (("client", "--base-url", "http://127.0.0.1:9", "--output", "/"), "there already"),
@@ -126,13 +128,16 @@ async def test_a_client_says_what_failed(capsys: pytest.CaptureFixture[str]) -> 
         assert await bench_client(server.url) == 2, "it does not even warm up"
 
 
-async def test_a_chat_and_a_trace(tmp_path: Path) -> None:
-    trace = tmp_path / "t.jsonl"
-    trace.write_text('{"timestamp":0,"input_length":20,"output_length":2,"hash_ids":[1]}\n')
+async def test_a_trace() -> None:
+    """Of a trace every line is sent, and what it shares is shared, in blocks that are scaled as well."""
+    trace = Path(__file__).parents[2] / "benchmarks" / "mooncake_sample.jsonl"
+    command = ["bench", "client", "--model", "m", "--trace", str(trace), "--trace-scale", "0.01"]
     async with serving(two_tokens) as server:
-        assert await bench_client(server.url, "--trace", str(trace)) == 0
-        assert len(server.bodies) == 2
-        assert len(list(server.bodies[-1]["prompt"])) == 20  # type: ignore[call-overload]
+        assert await asyncio.to_thread(cli.run, [*command, "--base-url", server.url]) == 0
+    prompts = [list(body["prompt"]) for body in server.bodies[1:]]  # type: ignore[call-overload]
+    assert sorted(map(len, prompts)) == [5, 6, 9, 13, 19, 20, 22, 29, 31, 35]
+    (whole,) = [prompt for prompt in prompts if len(prompt) == 5]
+    assert sum(prompt[:5] == whole for prompt in prompts) == 8, "all but two lines begin with the first block"
 
 
 def test_a_run_refuses_when_it_is_told_to(

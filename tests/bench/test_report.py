@@ -15,9 +15,10 @@ from twostroke.bench.charts import charts, limits, ratios
 from twostroke.bench.folder import Folder, Metadata
 from twostroke.bench.html import Page
 from twostroke.bench.plan import Settings
-from twostroke.bench.report import PALETTE, write_report
+from twostroke.bench.report import PALETTE, _sent, write_report
 from twostroke.bench.results import Point, Result
 from twostroke.bench.schemes import Scheme
+from twostroke.bench.workload import MAX_TRACE, Chat, Grid
 from twostroke.errors import StartupError
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -175,3 +176,11 @@ def test_the_same_results_make_the_same_page() -> None:
         return made.write("plotly")
 
     assert page() == page()
+
+
+def test_what_was_sent_in_words() -> None:
+    assert _sent(Settings()) == "160 random prompts a run, 10 tokens an answer"
+    assert _sent(Settings(chat=Chat())) == "6 conversations of 4 turns, 24 tokens an answer"
+    settings = Settings(trace="/data/t.jsonl", grid=Grid(num_prompts=MAX_TRACE), trace_scale=0.5)
+    assert _sent(settings) == "all requests of the trace t.jsonl, lengths times 0.5"
+    assert _sent(replace(settings, grid=Grid(num_prompts=5))).startswith("at most 5 requests of the trace")

@@ -134,6 +134,7 @@ async def test_decode_only_puts_the_kv_in_place_first(tmp_path: Path, monkeypatc
     assert len(ids) == 4
     assert all("priming" in id_ for id_ in ids[:2])
     assert not any("priming" in id_ for id_ in ids[2:])
+    assert made.shown.weights == sum(made.bench.weight(run.point) for run in sources.read(made.folder.path))
     prompts = [str(body["prompt"]) for body in made.server.bodies if body["cache_salt"] == "a.decode-only.5.rate-inf.0"]
     assert sorted(prompts[:2]) == sorted(prompts[2:])
 

@@ -26,7 +26,7 @@ class LoadOptions:
     """What is sent, the same for ``run`` and ``client``. What is not given is the preset's."""
 
     num_prompts: int | None = None
-    "Requests of a run."
+    "Requests of a run; of a trace, at most so many. [default: the preset's; a trace whole]"
     request_rate: str | None = None
     "Requests a second: 4, or for run 1,2,4; inf is all at once."
     burstiness: float | None = None
@@ -56,9 +56,11 @@ class LoadOptions:
         from twostroke.bench.plan import Settings
 
         rates = _numbers(self.request_rate, float, "--request-rate") if self.request_rate else (base.request_rate,)
+        if self.trace and self.request_rate:
+            raise StartupError("a trace has times of its own: leave out --request-rate")
         changes = {
             "input_lens": input_lens,
-            "num_prompts": self.num_prompts,
+            "num_prompts": self.num_prompts or (workload.MAX_TRACE if self.trace else None),
             "output_len": self.output_len,
             "burstiness": self.burstiness,
             "seed": self.seed,
@@ -141,6 +143,8 @@ def run(
     settings = load.settings(base, lengths, workload.Chat() if preset == "chat" else None)
     if repeat < 1:
         raise StartupError(f"--repeat must be above 0, not {repeat}")
+    if rate_sweep and settings.trace:
+        raise StartupError("a trace has times of its own: leave out --rate-sweep")
     if rate_sweep and not settings.goal:
         raise StartupError("--rate-sweep looks for the highest good rate: say what is good with --goodput")
     modes = MODES if mode == "all" else (mode,)

@@ -11,7 +11,9 @@ from twostroke.bench.analysis import Group
 from twostroke.bench.charts import charts, limits, ratios
 from twostroke.bench.folder import METADATA, Metadata, plain, read_metadata
 from twostroke.bench.html import Page
+from twostroke.bench.plan import Settings
 from twostroke.bench.results import Result
+from twostroke.bench.workload import MAX_TRACE
 from twostroke.errors import StartupError
 
 PALETTE = ("#4c8dd6", "#e08a3c", "#3aa57a", "#c75b9b", "#8e7cc3", "#b8a031", "#6aa5b5", "#b0645a", "#7d8793", "#58a83c")
@@ -87,19 +89,27 @@ def _introduce(page: Page, metadata: dict[Path, Metadata]) -> None:
             f"{folder.name}: {one.model.get('name')} on {machine.get('cores')} cores of {machine.get('cpu')}, {gpus}; "
             f"commit {machine.get('commit') or 'unknown'}, {machine.get('date')}."
         )
-        source = f"the trace {settings.trace}" if settings.trace else "random prompts"
-        what = "conversations" if settings.chat else source
         caches = "cold caches" if settings.cold else "every prompt sent once before"
         goal = ", ".join(f"{metric} up to {limit:g} ms" for metric, limit in settings.goal.items())
         page.text(
-            f"{settings.grid.num_prompts} requests a run ({what}), {settings.grid.output_len} tokens each, seed "
-            f"{settings.grid.seed}, {caches}, {settings.repeats} repeats"
+            f"{_sent(settings)}, seed {settings.grid.seed}, {caches}, {settings.repeats} repeats"
             + (f"; a good request has {goal}." if goal else ".")
         )
         page.points([(name, f"{scheme.about} (up {scheme.up})") for name, scheme in one.schemes.items()])
         if one.skipped:
             page.text("Could not run here:")
             page.points(list(one.skipped.items()))
+
+
+def _sent(settings: Settings) -> str:
+    """What a run sends, in words."""
+    grid, chat = settings.grid, settings.chat
+    if settings.trace is not None:
+        most = f"at most {grid.num_prompts:,} requests" if grid.num_prompts < MAX_TRACE else "all requests"
+        return f"{most} of the trace {Path(settings.trace).name}, lengths times {settings.trace_scale:g}"
+    if chat is not None:
+        return f"{chat.conversations} conversations of {chat.turns} turns, {chat.output_len} tokens an answer"
+    return f"{grid.num_prompts} random prompts a run, {grid.output_len} tokens an answer"
 
 
 def _ratio_table(page: Page, found: Sequence[Group], base: str) -> None:

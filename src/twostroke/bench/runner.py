@@ -202,7 +202,9 @@ class Bench:
         salt = point.name if self._settings.cold else ""
         if point.mode == "decode-only" or not self._settings.cold:
             priming = [replace(item, output_len=_PRIMING_TOKENS, at=0.0) for item in items]
-            await self._load(system, priming, f"{point.name}-priming", salt)
+            await self._load(
+                system, priming, f"{point.name}-priming", salt, lambda item: self._show.advance(len(item.prompt))
+            )
             if point.mode == "decode-only":
                 items = [replace(item, at=0.0) for item in items]
         async with watching(system.url) as watched:

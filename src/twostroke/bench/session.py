@@ -31,7 +31,7 @@ from twostroke.bench.watch import watching
 from twostroke.errors import StartupError
 
 _ASK = aiohttp.ClientTimeout(total=10)
-_TABLE_WIDTH = 160  # characters, at most
+_TABLE_WIDTH = 120  # characters, at least
 
 
 def run(settings: Settings, output: Path, names: Sequence[str] | None, file: Path | None, *, refuse: bool) -> int:
@@ -173,7 +173,8 @@ def generator_line(result: Result) -> str:
 
 def show(console: Console, runs: Sequence[Result]) -> None:
     """Print runs as a table, as wide as it is: on a narrow terminal its lines wrap, and lose no figure."""
-    console.print(table(runs), width=_TABLE_WIDTH, crop=False, no_wrap=True, overflow="ignore")
+    ordered = sorted(runs, key=lambda run: (run.point.scheme, run.point.mode, run.point.length or 0, run.point.rate))
+    Console(width=max(console.width, _TABLE_WIDTH), highlight=False).print(table(ordered))
 
 
 def table(runs: Sequence[Result]) -> Table:

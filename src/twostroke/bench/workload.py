@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from twostroke.errors import StartupError
 
 TRACE_BLOCK = 512  # tokens behind one hash id of a Mooncake trace
-_MAX_TRACE = 1_000_000  # lines
+MAX_TRACE = 1_000_000  # lines
 
 
 class Item(Struct, frozen=True):
@@ -133,8 +133,8 @@ def read_trace(text: bytes, name: str) -> list[TraceLine]:
             lines.append(msgspec.json.decode(line, type=TraceLine))
         except msgspec.MsgspecError as error:
             raise StartupError(f"{name}, line {number}: {error}") from error
-        if len(lines) > _MAX_TRACE:
-            raise StartupError(f"{name} has more than {_MAX_TRACE} lines")
+        if len(lines) > MAX_TRACE:
+            raise StartupError(f"{name} has more than {MAX_TRACE} lines")
     if not lines:
         raise StartupError(f"{name} holds no requests")
     return lines
