@@ -242,13 +242,24 @@ def test_ucx_prints_errors_only_unless_told_otherwise(monkeypatch: pytest.Monkey
 
 
 def test_tiers_behind_a_port() -> None:
-    text = "host:1073741824,service:10.0.0.7:8300,valkey:cache:6379"
+    text = "host:1073741824,service:10.0.0.7:8300,valkey:cache:6379,mooncake:master:50051:1024"
     tiers = config.parse_store(text)
-    assert tiers[1:] == (config.ServiceTier("10.0.0.7", 8300), config.ValkeyTier("cache", 6379))
+    mooncake = config.MooncakeTier("master", 50051, 1024)
+    assert tiers[1:] == (config.ServiceTier("10.0.0.7", 8300), config.ValkeyTier("cache", 6379), mooncake)
     assert ",".join(map(str, tiers)) == text
-    for bad in ("service:8300", "service:host:0", "valkey:host:99999", "valkey:host:port"):
+    assert config.parse_store("mooncake:[::1]:50051") == (config.MooncakeTier("::1", 50051),)
+    for bad in (
+        "service:8300",
+        "service:host:0",
+        "valkey:host:99999",
+        "valkey:host:port",
+        "mooncake:h",
+        "mooncake:h:0",
+    ):
         with pytest.raises(StartupError, match="no tier"):
             config.parse_store(bad)
+    with pytest.raises(StartupError, match="size"):
+        config.parse_store("mooncake:host:50051:much")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ _URL = re.compile(r"https?://[^/\s?#]+/?")
 _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*|\[[0-9a-f:.]+\]:[0-9]{1,5}")
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 _LINK_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+_MOONCAKE = re.compile(r"([A-Za-z0-9._-]+|\[[0-9a-f:.]+\]):([0-9]{1,5})(?::(.+))?")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -81,8 +82,19 @@ class ValkeyTier(Struct, frozen=True, forbid_unknown_fields=True, tag="valkey"):
         return f"valkey:{self.host}:{self.port}"
 
 
-TierConfig = HostTier | DiskTier | DirectoryTier | ServiceTier | ValkeyTier
-SHARED_TIERS = (DirectoryTier, ServiceTier, ValkeyTier)  # that other workers see, too
+class MooncakeTier(Struct, frozen=True, forbid_unknown_fields=True, tag="mooncake"):
+    """KV blocks in a Mooncake Store."""
+
+    host: str  # of its master
+    port: int
+    size: int = 0  # bytes of memory that each worker adds to the store
+
+    def __str__(self) -> str:
+        return f"mooncake:{self.host}:{self.port}" + (f":{self.size}" if self.size else "")
+
+
+TierConfig = HostTier | DiskTier | DirectoryTier | ServiceTier | ValkeyTier | MooncakeTier
+SHARED_TIERS = (DirectoryTier, ServiceTier, ValkeyTier, MooncakeTier)  # that other workers see, too
 
 
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -287,13 +299,15 @@ def _parse_tier(text: str) -> TierConfig:
         return DiskTier(Path(path), parse_size(size))
     if kind in ("service", "valkey") and path and size.isdecimal() and 0 < int(size) < 1 << 16:
         return (ServiceTier if kind == "service" else ValkeyTier)(path.strip("[]"), int(size))
+    if kind == "mooncake" and (where := _MOONCAKE.fullmatch(rest)) and 0 < int(where[2]) < 1 << 16:
+        return MooncakeTier(where[1].strip("[]"), int(where[2]), parse_size(where[3]) if where[3] else 0)
     if kind == "dir" and rest:
         return (
             DirectoryTier(Path(path), parse_size(size)) if path and _SIZE.fullmatch(size) else DirectoryTier(Path(rest))
         )
     raise StartupError(
         f"--store {text!r} is no tier; write for example host:8GiB, disk:/var/cache/kv:100GiB, dir:/mnt/shared, "
-        "service:HOST:PORT or valkey:HOST:PORT"
+        "service:HOST:PORT, valkey:HOST:PORT or mooncake:HOST:PORT[:SIZE]"
     )
 
 
@@ -348,6 +362,24 @@ def quieten_ucx() -> None:
     the user has set stays.
     """
     os.environ.setdefault("UCX_LOG_LEVEL", "error")
+
+
+def quieten_mooncake(patience: float) -> None:
+    """Have Mooncake's client, which reads this when it is loaded, print errors only, and give up on a master that has
+    not answered for ``patience`` seconds. What the user has set stays.
+    """
+    for name, value in (
+        ("MC_LOG_LEVEL", "ERROR"),
+        ("MC_RPC_TIMEOUT_MS", str(int(1000 * patience))),
+        ("MC_RPC_CONNECT_TIMEOUT_MS", str(int(1000 * patience))),
+        ("MC_STORE_CLIENT_SETUP_RETRIES", "1"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def bind_mooncake(address: str) -> None:
+    """Have Mooncake's clients, from now on, listen for transfers on this address alone, unless the user has set one."""
+    os.environ.setdefault("MC_TCP_BIND_ADDRESS", address)
 
 
 def cluster_secret() -> str:

@@ -119,3 +119,15 @@ def verify(block: Sealed) -> Sealed:
     if xxhash.xxh3_128_digest(block.payload) != block.digest:
         raise Corrupt("its bytes are damaged")
     return block
+
+
+def unseal(value: memoryview, key: BlockKey, fingerprint: bytes, length: int) -> Sealed:
+    """The verified block in a value that is its header and its payload, one behind the other.
+
+    Raises:
+        Corrupt: it is not the block that was asked for, or damaged.
+    """
+    check(header := unpack(value[:HEADER_BYTES]), key, fingerprint, length)
+    if len(value) != HEADER_BYTES + length:
+        raise Corrupt("it is cut off")
+    return verify(Sealed(value[HEADER_BYTES:], header.digest))

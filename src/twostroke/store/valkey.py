@@ -10,7 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from twostroke.kv.keys import BlockKey
-from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, pack, unpack, verify
+from twostroke.store.format import Corrupt, Header, pack, unseal
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
 
@@ -93,7 +93,7 @@ class ValkeyTier:
             if not isinstance(value, bytes):
                 continue
             try:
-                block = self._open_value(key, memoryview(value))
+                block = unseal(memoryview(value), key, self._fingerprint, self._block_bytes)
             except Corrupt:
                 with self._lock:
                     self._damaged += 1
@@ -113,13 +113,6 @@ class ValkeyTier:
         except redis.exceptions.OutOfMemoryError:  # a server that evicts nothing
             return False
         return True
-
-    def _open_value(self, key: BlockKey, value: memoryview) -> Sealed:
-        header = unpack(value[:HEADER_BYTES])
-        check(header, key, self._fingerprint, self._block_bytes)
-        if len(value) != HEADER_BYTES + self._block_bytes:
-            raise Corrupt("it is cut off")
-        return verify(Sealed(value[HEADER_BYTES:], header.digest))
 
     def _look(self) -> None:
         about = {**self._client.info("memory"), **self._client.info("stats")}

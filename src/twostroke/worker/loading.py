@@ -35,6 +35,7 @@ from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, Po
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier
+from twostroke.store.mooncake import MooncakeTier
 from twostroke.store.service import ServiceTier
 from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
@@ -153,6 +154,8 @@ def _make_tier(config: TierConfig, layout: Layout, owner: str, secret: str) -> T
             return ServiceTier(host, port, layout.block_bytes, layout.fingerprint, secret)
         case configs.ValkeyTier(host, port):
             return _valkey_tier(host, port, layout)
+        case configs.MooncakeTier(host, port, memory):
+            return _mooncake_tier(host, port, memory, layout)
 
 
 def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secret: str) -> NixlServer | None:
@@ -175,6 +178,16 @@ def _valkey_tier(host: str, port: int, layout: Layout) -> Tier:
     except ImportError as error:
         raise StartupError("--store valkey:… needs its client: pip install 'twostroke[valkey]'") from error
     return ValkeyTier(host, port, layout.block_bytes, layout.fingerprint, configs.valkey_password())
+
+
+def _mooncake_tier(host: str, port: int, memory: int, layout: Layout) -> Tier:
+    try:
+        return MooncakeTier(host, port, layout.block_bytes, layout.fingerprint, memory)
+    except ImportError as error:
+        raise StartupError(
+            "--store mooncake:… needs its client: pip install 'twostroke[mooncake]', and apt-get install libibverbs1: "
+            f"{error}"
+        ) from error
 
 
 def _mapping_link(device: str) -> str:
