@@ -18,8 +18,8 @@ from twostroke.config import cache_dir
 
 PACKAGES = {
     "lmcache": ("lmcache==0.5.6", "torch==2.13.0"),  # a range would bring in a torch with several GB of CUDA libraries
-    "mooncake": ("mooncake-transfer-engine-non-cuda==0.3.13.post1",),
-    "valkey": ("redis==8.1.0", "hiredis>=3"),
+    "mooncake": ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "numpy==2.4.6"),
+    "valkey": ("redis==8.1.0", "hiredis==3.4.2", "numpy==2.4.6"),
 }
 _LIBRARIES = {"mooncake": ("libibverbs.so.1",)}
 _DEBIAN = {"mooncake": ("libibverbs1", "libnl-3-200", "libnl-route-3-200")}  # which has them
