@@ -4,6 +4,8 @@ import errno
 import mmap
 import os
 
+import numpy as np
+
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nothing can be written, but read
 PAGE = mmap.PAGESIZE  # alignment of memory, offsets and sizes; a multiple of every disk's sector
 
@@ -16,6 +18,11 @@ def pages(size: int) -> int:
 def aligned(size: int) -> memoryview:
     """Zeroed memory of whole pages that starts at one, for at least ``size`` bytes."""
     return memoryview(mmap.mmap(-1, max(pages(size), PAGE)))
+
+
+def is_aligned(memory: memoryview) -> bool:
+    """Whether these are whole pages, which direct I/O takes as they are."""
+    return len(memory) % PAGE == 0 and np.frombuffer(memory, np.uint8).ctypes.data % PAGE == 0
 
 
 def open_direct(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> int:

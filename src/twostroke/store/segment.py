@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import PAGE, aligned, open_direct, pages, read_at, write_at
+from twostroke.store.direct import PAGE, aligned, is_aligned, open_direct, pages, read_at, write_at
 from twostroke.store.format import FIELDS, HEADER_BYTES, MAGIC, VERSION, Corrupt, Header, Sealed, check, pack, unpack
 
 _MAGIC = b"2STRKSEG"
@@ -161,8 +161,10 @@ class Segment:
 
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """Put a block into a slot; it is found after a restart once ``commit`` has returned. ``OSError``."""
-        buffer = self._buffer()
-        copy(buffer[: self._block_bytes], block.payload)
+        buffer = block.payload
+        if not is_aligned(buffer):
+            buffer = self._buffer()
+            copy(buffer[: self._block_bytes], block.payload)
         write_at(self._fd, buffer, self._offset(slot))
         header = Header(key, self._fingerprint, self._block_bytes, int(time.time()), block.digest)
         with self._lock:
