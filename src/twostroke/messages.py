@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
 T = TypeVar("T")
@@ -27,6 +27,8 @@ Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 REQUEST_ID_HEADER = "x-request-id"
 TICKET_HEADER = "x-twostroke-handover"
 JOURNAL_HEADER = "x-twostroke-journal"
+ALIVE_HEADER = "x-twostroke-alive"  # of a request: who sends it wants signs of life, and understands them
+ALIVE_SECONDS = 1.0  # of saying nothing, after which there is one
 SECRET_HEADER = "x-twostroke-secret"  # noqa: S105 - the header's name, not a secret
 
 
@@ -263,7 +265,7 @@ class Journal(Struct, frozen=True, forbid_unknown_fields=True):
 
     The journal, lines of JSON ``list[Sent]``, stands in front of the body. A stream with a journal consists of frames
     ``:<size> <line>\\n<events>``: ``size`` bytes of events, and what they send. (To a client the first line of a frame
-    would be a comment.) Of an answer that is not streamed there is no journal.
+    would be a comment.) An empty frame is a sign of life. Of an answer that is not streamed there is no journal.
     """
 
     size: Annotated[int, Meta(ge=0, le=MAX_JOURNAL)]  # bytes of the journal so far

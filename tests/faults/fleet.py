@@ -66,12 +66,14 @@ class Fleet:
     """A router over a prefill worker and decode workers.
 
     Whoever asks the prefill worker over HTTP comes through ``control``, and over TCP for its blocks through ``link``.
+    The router comes to the first decode worker through ``answers``.
     """
 
-    def __init__(self, system: System, control: Proxy, link: Proxy) -> None:
+    def __init__(self, system: System, control: Proxy, link: Proxy, answers: Proxy) -> None:
         self.system = system
         self.control = control
         self.link = link
+        self.answers = answers
         self.usual = 0.0  # seconds that an answer takes without a fault
         self._accounts: dict[int, Account] = {}  # by pid
 
@@ -89,7 +91,7 @@ class Fleet:
 
     def heal(self) -> None:
         """The network is in order again."""
-        for network in (self.control, self.link):
+        for network in (self.control, self.link, self.answers):
             network.up, network.down = Faults(), Faults()
 
     async def replace(self, session: aiohttp.ClientSession, name: str) -> None:
@@ -208,14 +210,15 @@ def fleet(
         direct: without proxies.
     """
     nowhere = ("127.0.0.1", 9)
-    with proxy(nowhere) as control, proxy(nowhere) as link:
+    with proxy(nowhere) as control, proxy(nowhere) as link, proxy(nowhere) as answers:
         control.rewrite = _behind(control, link)
 
         def front(process: Process) -> str:
-            if process.name != PREFILL or direct:
+            before = {PREFILL: control, DECODE[0]: answers}.get(process.name)
+            if before is None or direct:
                 return process.url
-            control.target = ("127.0.0.1", process.port)
-            return f"http://127.0.0.1:{control.port}"
+            before.target = ("127.0.0.1", process.port)
+            return f"http://127.0.0.1:{before.port}"
 
         sizes = dict(zip(roles, [*kv, *[kv[-1]] * len(roles)], strict=False))
         options = {name: ["--kv-memory", str(sizes[name] * BLOCK), *(own or {}).get(name, ())] for name in roles}
@@ -229,7 +232,7 @@ def fleet(
             environment={"TWOSTROKE_SECRET": secret},
             front=front,
         ) as system:
-            yield Fleet(system, control, link)
+            yield Fleet(system, control, link, answers)
 
 
 class Fleets:

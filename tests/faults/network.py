@@ -1,9 +1,12 @@
 """Rows in which the network between the workers fails."""
 
+import asyncio
+
 from tests.faults.fleet import ATTACH
 from tests.faults.stage import Stage, happened, row
 from tests.links.faults import Faults, Proxy
 
+_ASKED = b"POST /v1/completions"
 _SAID = 1200  # bytes that a prefill worker tells a consumer, about
 _SENT = 150_000  # bytes of a prompt's blocks
 
@@ -21,6 +24,24 @@ async def _fails(stage: Stage, network: Proxy, faults: Faults) -> None:
 async def events_half_open(stage: Stage) -> None:
     at = stage.random.randrange(_SAID // 2)
     await _fails(stage, stage.fleet.control, Faults(where=ATTACH, stall=at, half_open=True))
+
+
+@row("half-open TCP: D's answer to the router", "detected ≤ 3 s; continued or asked again elsewhere", "shm")
+async def answer_half_open(stage: Stage) -> None:
+    """One that is streamed and one that is not, though D answers heartbeats. Nobody tells it to stop but the router."""
+    stage.fleet.answers.down = Faults(where=_ASKED, stall=stage.random.randrange(420), half_open=True)
+
+    async def streamed() -> str:
+        return await stage.streamed(lambda: asyncio.sleep(0))
+
+    struck: set[str] = set()
+    while len(struck) < 2:  # the other decode worker gets as many
+        ways = {"streamed": streamed, "whole": stage.exactly}
+        asked = [(way, asyncio.create_task(ask())) for way, ask in ways.items() for _ in range(2)]
+        for way, answered in asked:
+            stamps = {event["event"] for event in await stage.timeline(await answered)}
+            struck |= {way} if stamps & {"continued", "retried"} else set()
+    await stage.freed()
 
 
 @row("half-open TCP: the link", "detected ≤ 3 s; fall back", "tcp")

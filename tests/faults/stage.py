@@ -40,7 +40,6 @@ class Stage:
         self.random = random.Random(repeat)
         self.outcome = Outcome()
         self._model = model
-        self._id = ""
 
     def body(self, prompt: int = PROMPT, tokens: int = TOKENS, **more: object) -> Json:
         """A greedy completion of a prompt of so many tokens, none of whose blocks any worker has."""
@@ -60,19 +59,19 @@ class Stage:
         """Ask, and get the fault-free answer; the request's id."""
         body = body or self.body()
         expected = self.expected(body)
-        start = time.monotonic()
-        status, reply = await post(self.session, f"{self.fleet.url}/v1/completions", body, x_request_id=self._name())
+        start, id_ = time.monotonic(), uuid4().hex
+        status, reply = await post(self.session, f"{self.fleet.url}/v1/completions", body, x_request_id=id_)
         took = time.monotonic() - start
         assert status == 200, reply
         assert reply["choices"][0]["text"] == expected
         self.outcome.exact += 1
         if timed:
             self.outcome.added.append(max(0.0, took - self.fleet.usual))
-        return self._id
+        return id_
 
     async def exactly_or_refused(self, body: Json) -> None:
         """Ask, and get the fault-free answer or an explicit error."""
-        status, reply = await post(self.session, f"{self.fleet.url}/v1/completions", body, x_request_id=self._name())
+        status, reply = await post(self.session, f"{self.fleet.url}/v1/completions", body, x_request_id=uuid4().hex)
         if status == 200:
             assert reply["choices"][0]["text"] == self.expected(body)
             self.outcome.exact += 1
@@ -85,7 +84,8 @@ class Stage:
         """Stream the fault-free answer; something happens as three events have come. The request's id."""
         body = body or self.body(STREAM_PROMPT, STREAM_TOKENS)
         expected, text, seen, last, gap = self.expected(body), "", 0, time.monotonic(), 0.0
-        async for event in events(self.session, self.fleet.url, body, self._name()):
+        id_ = uuid4().hex
+        async for event in events(self.session, self.fleet.url, body, id_):
             assert "error" not in event, event
             text += event["choices"][0]["text"]
             gap, last = max(gap, time.monotonic() - last), time.monotonic()
@@ -95,7 +95,7 @@ class Stage:
         assert text == expected
         self.outcome.exact += 1
         self.outcome.added.append(gap)
-        return self._id
+        return id_
 
     async def timeline(self, id_: str) -> list[Json]:
         """What router and workers remember of a request."""
@@ -117,10 +117,6 @@ class Stage:
     async def freed(self, workers: Sequence[str] = ()) -> None:
         """Note how long it takes until nothing is held."""
         self.outcome.freed.append(await self.fleet.freed(self.session, workers))
-
-    def _name(self) -> str:
-        self._id = uuid4().hex
-        return self._id
 
 
 Play = Callable[[Stage], Awaitable[None]]

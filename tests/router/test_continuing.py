@@ -11,8 +11,9 @@ from tests.router.scripted import STREAM, Answer, ScriptedWorker, Seen, System, 
 from twostroke.api.http import DONE, error_object
 from twostroke.api.server import Timeline
 from twostroke.errors import EngineFailed, Unavailable
-from twostroke.messages import JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal
+from twostroke.messages import ALIVE_HEADER, JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal
 from twostroke.router import registry as registries
+from twostroke.router import upstream as upstreams
 from twostroke.router.breaker import Breaker
 from twostroke.router.reply import Frames
 
@@ -173,19 +174,12 @@ async def test_no_other_worker_is_there() -> None:
         assert text.endswith(DONE)
 
 
-async def test_on_loss_error_asks_for_no_journal() -> None:
+async def test_on_loss_error_keeps_no_journal() -> None:
     async with system(0, 0, 2, on_loss="error") as running:
-
-        async def plain(worker: ScriptedWorker, send: Send) -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
-            await send({"type": "http.response.body", "body": EVENTS[0], "more_body": True})
-            raise ConnectionError("scripted")
-
-        running.workers[0].answer = plain
+        running.workers[0].answer = journaled(FRAMES[0], then="break")
         text = await ask(running)
         assert text.startswith(EVENTS[0])
         assert error_code(text) == "worker_lost"
-        assert JOURNAL_HEADER not in running.workers[0].seen[0].headers
         assert not running.workers[1].seen
 
 
@@ -213,6 +207,42 @@ async def test_a_silent_worker_is_given_up(begun: int, monkeypatch: pytest.Monke
         async with asyncio.timeout(1):
             await stopped.dropped.wait()  # so it drops the request when it wakes up
         assert ("continued" if begun else "retried") in await stamps(running)
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+async def test_a_silent_connection_is_given_up(begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its worker answers heartbeats; it is told that the request is over, since it may not see that."""
+    monkeypatch.setattr(upstreams, "SILENCE", 0.2)
+    async with system(0, 0, 2) as running:
+        silent, other = running.workers
+        silent.answer = journaled(*FRAMES[:begun], then="hang") if begun else hang
+        other.answer = continuing
+        async with asyncio.timeout(2):
+            assert await ask(running) == WHOLE
+            await until(lambda: len(silent.seen) == 2)
+        assert ALIVE_HEADER in silent.seen[0].headers
+        assert (silent.seen[1].path, silent.seen[1].body) == ("/abort_request", b'{"rid":"mine"}')
+        assert ("continued" if begun else "retried") in await stamps(running)
+        await running.look()
+        assert [worker.state for worker in running.router.registry.workers] == ["ready", "ready"]
+
+
+async def test_signs_of_life_keep_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstreams, "SILENCE", 0.2)
+
+    async def slow(worker: ScriptedWorker, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        for piece in FRAMES:
+            for _ in range(4):
+                await asyncio.sleep(0.06)
+                await send({"type": "http.response.body", "body": b":0 \n", "more_body": True})
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with system(0, 0, 2) as running:
+        running.workers[0].answer = slow
+        assert await ask(running) == WHOLE
+        assert "continued" not in await stamps(running)
 
 
 async def test_a_client_that_leaves_a_continued_stream_ends_it() -> None:

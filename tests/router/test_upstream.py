@@ -8,7 +8,8 @@ import pytest
 
 from tests.router.scripted import until
 from twostroke.errors import BadRequest
-from twostroke.router.upstream import Upstream
+from twostroke.router import upstream as upstreams
+from twostroke.router.upstream import Silent, Upstream
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 HEADERS = {"content-type": "application/json", "x-request-id": "mine"}
@@ -128,6 +129,44 @@ async def test_whatever_is_not_a_whole_reply_is_a_broken_connection(reply: bytes
         with pytest.raises(ConnectionError):  # the connection was not kept
             await post(upstream, server.url)
         assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"HTTP/1.1 102 Processing\r\n\r\n", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhal"]
+)
+async def test_a_connection_that_goes_silent(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstreams, "SILENCE", 0.12)
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request_of(reader)
+        writer.write(said)
+        await reader.read()
+
+    async with serving(silent) as (server, upstream):
+        with pytest.raises(Silent, match="silent"):
+            await post(upstream, server.url)
+        await server.closed.wait()
+
+
+async def test_interim_responses_are_signs_of_life_and_who_does_not_read_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(upstreams, "SILENCE", 0.2)
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request_of(reader)
+        for _ in range(8):
+            await asyncio.sleep(0.06)
+            writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\no")
+        await asyncio.sleep(0.4)  # in which the client does something else
+        writer.write(b"k")
+
+    async with serving(slow) as (server, upstream), upstream.post(server.url, "/", HEADERS, b"") as reply:
+        assert reply.status == 200
+        assert await reply.piece() == b"o"
+        await asyncio.sleep(0.35)
+        assert await reply.piece() == b"k"
 
 
 async def test_a_connection_that_the_server_ends_is_not_used_again() -> None:

@@ -12,12 +12,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--everywhere", action="store_true", help="also connections to the router go silent")
     given = parser.parse_args()
     sys.unraisablehook = lambda _: None  # nobody reads how dead processes are finalized
     start, broken = time.perf_counter(), 0
     for seed in range(given.seed, given.seed + given.count):
-        outcome = simulate(seed, everywhere=given.everywhere, verbose=given.count == 1)
+        outcome = simulate(seed, verbose=given.count == 1)
         print(*outcome.trace, sep="\n", end="\n" if outcome.trace else "")
         if outcome.wrong or given.count == 1:
             print(f"seed {seed}: {outcome.exact} exact, {outcome.errors} errors, {outcome.left} left,", *outcome.wrong)

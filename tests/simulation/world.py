@@ -82,12 +82,12 @@ class Outcome:
 class World:
     """The cluster of a schedule."""
 
-    def __init__(self, seed: int, outcome: Outcome, loop: Loop, *, everywhere: bool, verbose: bool) -> None:
+    def __init__(self, seed: int, outcome: Outcome, loop: Loop, *, verbose: bool) -> None:
         self.dice = Dice(seed)
         self.outcome = outcome
         self.loop = loop
         self._verbose = verbose
-        self.network = Network(self.dice, self.say, everywhere=everywhere)
+        self.network = Network(self.dice, self.say)
         self.pools: dict[str, list[list[int]]] = {}
         self.workers: dict[str, Process] = {}
         self.router = Node("router")
@@ -289,8 +289,8 @@ def _prepared() -> None:
     gc.freeze()
 
 
-def simulate(seed: int, *, everywhere: bool = False, verbose: bool = False) -> Outcome:
-    """Play the schedule of a seed. ``everywhere``: also connections to the router go silent."""
+def simulate(seed: int, *, verbose: bool = False) -> Outcome:
+    """Play the schedule of a seed."""
     _prepared()
     outcome, loop = Outcome(seed), Loop(LIMIT)
     gc.disable()  # or what dead processes leave would be finalized in the middle of others' work
@@ -302,7 +302,7 @@ def simulate(seed: int, *, everywhere: bool = False, verbose: bool = False) -> O
             for module in ("worker.worker", "router.router"):
                 stack.enter_context(patch(f"twostroke.{module}.Lifecycle", Silent))
             stack.enter_context(patch.object(time, "monotonic", loop.time))
-            _play(World(seed, outcome, loop, everywhere=everywhere, verbose=verbose), outcome, loop)
+            _play(World(seed, outcome, loop, verbose=verbose), outcome, loop)
         with patch.object(sys, "unraisablehook", lambda _: None):
             loop.forget()
     finally:

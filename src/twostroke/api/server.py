@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twostroke import config
 from twostroke.api import openai, sglang
+from twostroke.api.alive import Alive, Protocol
 from twostroke.api.call import Call, Choice, Setting
 from twostroke.api.exchange import Exchange, at_once
 from twostroke.api.handover import add_transfer
@@ -88,7 +89,7 @@ _LINES = msgspec.json.Decoder(list[Sent])
 def build_app(service: Service, lifecycle: Lifecycle, *, max_body: int, routes: Sequence[BaseRoute] = ()) -> ASGIApp:
     """All public endpoints over ``service``, and the worker's own ``routes``. ``max_body`` is in bytes."""
     api = _Api(service, lifecycle, max_body)
-    return Boundary(Router([*routes, *api.routes()], redirect_slashes=False))
+    return Alive(Boundary(Router([*routes, *api.routes()], redirect_slashes=False)))
 
 
 # -- the boundary ------------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=Protocol,
             ws="none",
             lifespan="off",
             interface="asgi3",

@@ -6,7 +6,8 @@ prefill worker's reply is waited for only where the serial schedule says so.
 
 If the answering worker is lost, another one takes its place. Of a stream that the client has seen a part of, it
 continues exactly there: the worker keeps a journal in its stream (``messages.Journal``), whose lines are taken out and
-remembered here, unread, and given to the next worker. Nobody waits for a worker that answers no heartbeat.
+remembered here, unread, and given to the next worker. Nobody waits for a worker that answers no heartbeat, nor on a
+connection that shows no sign of life (``api/alive.py``); such a worker is then told that the request is over.
 
 A decode worker without slots for the prompt says so at once. Then the prefill is given up, and the request goes to
 another one, or waits in line (``backlog.py``). Any other refusal is passed on once nobody else can be asked.
@@ -15,6 +16,7 @@ another one, or waits in line (``backlog.py``). Any other refusal is passed on o
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
@@ -23,13 +25,13 @@ from twostroke.api.http import ClientGone, unless_gone
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.config import RouterConfig
 from twostroke.errors import RequestError, Unavailable, WorkerLost
-from twostroke.messages import JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal, Ticket, encode
+from twostroke.messages import ALIVE_HEADER, JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal, Ticket, encode
 from twostroke.router.backlog import Backlog, Line, Place
 from twostroke.router.policy import ANY, Colocated, Disaggregated, Prompt, Route, Rules, choose, successor
 from twostroke.router.prefix import PrefixMap, chain, tokens_of
 from twostroke.router.registry import Registry
 from twostroke.router.reply import Call, Events, Frames, Refusal, Reply, read_call
-from twostroke.router.upstream import Exchange, Upstream
+from twostroke.router.upstream import SILENCE, Exchange, Silent, Upstream
 from twostroke.router.worker import UPSTREAM_ERRORS, Hold, Wait, Worker
 
 _PRODUCER_GRACE = 2.0  # seconds that the prefill end gets once the answer is complete; then nobody needs it
@@ -86,6 +88,7 @@ class Relay:
         self._secret = {SECRET_HEADER: secret} if secret else {}
         self._prefixes = PrefixMap()
         self._producers: set[asyncio.Task[Refusal | None]] = set()
+        self._aborting: set[asyncio.Task[None]] = set()
         self._turn = 0
         self.backlog = Backlog(config.max_queue)
         self.line = Line()
@@ -103,7 +106,9 @@ class Relay:
         try:
             call = await read_call(scope, receive, self._max_body)
             hashes = chain(call.body) if self._rules.policy == "prefix-aware" else ()
-            await self._serve(_Trip(call, Reply(send), place, self.line.number(), hashes), receive)
+            await self._serve(
+                _Trip(call, Reply(send, keeps=self._continues), place, self.line.number(), hashes), receive
+            )
         finally:
             self.in_flight -= 1
             place.leave(served=False)
@@ -250,7 +255,7 @@ class Relay:
             _Refused: it, or the prefill worker, takes no more now.
         """
         call, reply = trip.call, trip.reply
-        journal = Journal(len(reply.journal), call.created) if self._continues else None
+        journal = Journal(len(reply.journal), call.created)
         tokens = trip.prompt.tokens if ticket else trip.prompt.missing(worker)
         try:
             with worker.held(tokens, computes=ticket is None) as hold:
@@ -272,6 +277,8 @@ class Relay:
             raise
         except UPSTREAM_ERRORS as error:
             why = self._lose(worker, error)
+            if isinstance(error, Silent):
+                self._abort(trip, worker)
             if not reply.done:
                 raise WorkerLost(f"worker {worker.id} failed: {why}") from error
             await reply.end_stream(b"")
@@ -304,12 +311,23 @@ class Relay:
     def _post(
         self, trip: _Trip, worker: Worker, ticket: Ticket | None, journal: Journal | None = None, lines: bytes = b""
     ) -> Exchange:
-        headers = {**trip.call.headers, **self._secret}
+        headers = {**trip.call.headers, ALIVE_HEADER: "1", **self._secret}
         if ticket:
             headers[TICKET_HEADER] = encode(ticket).decode()
         if journal:
             headers[JOURNAL_HEADER] = encode(journal).decode()
         return self._upstream.post(worker.url, trip.call.target, headers, lines + trip.call.body)
+
+    def _abort(self, trip: _Trip, worker: Worker) -> None:
+        """Have a worker end a request that it may think is still waited for: it will not see that we have gone."""
+        task = asyncio.create_task(self._tell_abort(worker, encode({"rid": trip.call.id})))
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
+
+    async def _tell_abort(self, worker: Worker, body: bytes) -> None:
+        with suppress(*UPSTREAM_ERRORS):
+            async with asyncio.timeout(SILENCE), self._upstream.post(worker.url, "/abort_request", self._secret, body):
+                pass
 
     def close(self) -> None:
         """Let go of idle connections."""

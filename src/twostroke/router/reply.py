@@ -201,11 +201,13 @@ class Frames:
 class Reply:
     """The one reply to a request: ``started`` when the client has seen any of it, ``done`` when it has seen the end."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, *, keeps: bool) -> None:
+        """``keeps`` a journal, so that the answer can be continued."""
         self.started = False
         self.done = False
         self.journal = bytearray()  # of what the client has seen, as far as the worker keeps one
         self._send = send
+        self._keeps = keeps
 
     @property
     def can_continue(self) -> bool:
@@ -224,7 +226,7 @@ class Reply:
         if not self.started:
             await self._start(status, headers)
         await self._send({"type": "http.response.body", "body": part.events, "more_body": True})
-        if len(self.journal) <= MAX_JOURNAL:
+        if self._keeps and len(self.journal) <= MAX_JOURNAL:
             self.journal += part.lines
         self.done = part.events.endswith(DONE)
 

@@ -18,6 +18,8 @@ import httptools
 from twostroke.errors import BadRequest
 
 CONNECT_SECONDS = 5.0
+SILENCE = 3.0  # seconds of waiting in which nothing comes, not even a sign of life: the connection is dead
+_LOOKS = 6  # in that time. They are counted, not the time: a router that was held up itself has heard nobody
 _KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
 _MAX_HEAD = 64 << 10  # bytes
 _HIGH = 1 << 20  # unread bytes at which a connection reads no more, until they are read
@@ -32,8 +34,11 @@ class Upstream:
     def post(self, base: str, target: str, headers: Mapping[str, str], body: bytes) -> "Exchange":
         """Send ``body`` to ``base`` + ``target``; used with ``async with``, which gives the reply once it has begun.
 
+        The server is expected to show signs of life if ``headers`` ask for them (``ALIVE_HEADER``).
+
         Raises:
-            OSError: there is no such server, or it broke off or does not speak HTTP. So do the reply's methods.
+            OSError: there is no such server, or it broke off, does not speak HTTP, or has gone silent (``Silent``). So
+                do the reply's methods.
         """
         return Exchange(self, base, target, headers, body)
 
@@ -65,11 +70,16 @@ class Upstream:
 
     def keep(self, base: str, connection: "_Connection") -> None:
         """Its exchange is over."""
+        connection.rest()
         connection.idle_since = time.monotonic()
         idle = self._idle[base]
         idle.append(connection)
         while idle and not (idle[0].usable and connection.idle_since - idle[0].idle_since < _KEEP_ALIVE):
             idle.popleft().close()
+
+
+class Silent(TimeoutError):
+    """The other end says nothing any more. Maybe it does not know, and goes on."""
 
 
 class Exchange:
@@ -144,6 +154,8 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._quiet = 0  # looks in which somebody waited in vain
+        self._timer: asyncio.TimerHandle | None = None
 
     # the exchange
 
@@ -159,6 +171,8 @@ class _Connection(asyncio.Protocol):
         self._head_bytes = 0
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write(head.encode("latin-1") + b"\r\n\r\n" + body)
+        self._quiet = 0
+        self._look_later()
 
     async def begun(self) -> None:
         """Until the reply's head is here."""
@@ -183,6 +197,25 @@ class _Connection(asyncio.Protocol):
         """Also while the server is still answering: it sees us go."""
         self.usable = False
         self._transport.abort()
+        self.rest()
+
+    def rest(self) -> None:
+        """Nobody waits for anything."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(SILENCE / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._quiet = self._quiet + 1 if self._waiter is not None else 0
+        if self._quiet < _LOOKS:
+            self._look_later()
+            return
+        self._error = Silent(f"its connection has been silent for {SILENCE:.0f} s")
+        self.close()
+        self._wake()
 
     async def _change(self) -> None:
         if self._error is not None:
@@ -213,6 +246,7 @@ class _Connection(asyncio.Protocol):
         self._wake()
 
     def data_received(self, data: bytes) -> None:
+        self._quiet = 0
         if self.over:  # nobody asked
             self.close()
             return

@@ -1,0 +1,91 @@
+"""Signs of life in a reply: whoever waits for it can tell a slow worker from a connection that has gone silent.
+
+Heartbeats say that a worker lives; they come on connections of their own. What a router waits for comes on another,
+which a box between the two may have forgotten without telling either end. So a reply that says nothing for
+``ALIVE_SECONDS`` says that: before its head by an interim response (102, RFC 2518), in a stream with a journal by an
+empty frame. Only who asks for it by ``ALIVE_HEADER`` gets it, and only when there is nothing else to say.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from twostroke.api.http import header
+from twostroke.messages import ALIVE_HEADER, ALIVE_SECONDS, JOURNAL_HEADER
+
+SIGN = "twostroke.sign"  # in the scope, of the HTTP server: writes a sign of life between two messages of the reply
+_FRAME = b":0 \n"
+_JOURNAL = JOURNAL_HEADER.encode()
+Write = Callable[[bytes], None]  # in the body these bytes, or, if there are none, an interim response
+
+
+class Alive:
+    """Has the replies of an ASGI application show signs of life."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        write: Write | None = scope.get(SIGN)
+        if write is None or header(scope, ALIVE_HEADER) is None:
+            await self._app(scope, receive, send)
+            return
+        signs = _Signs(send, write)
+        try:
+            await self._app(scope, receive, signs)
+        finally:
+            signs.end()
+
+
+class _Signs:
+    """Sends one reply. It looks twice in ``ALIVE_SECONDS``, so that a message costs it no look at the clock."""
+
+    def __init__(self, send: Send, write: Write) -> None:
+        self._send = send
+        self._write = write
+        self._sign: bytes | None = b""  # None: there is no place for one
+        self._quiet = 0  # looks since something was said
+        self._again()
+
+    async def __call__(self, message: Message) -> None:
+        self._quiet = 0
+        if message["type"] == "http.response.start":
+            journaled = any(name == _JOURNAL for name, _ in message.get("headers", ()))
+            self._sign = _FRAME if journaled else None
+        elif not message.get("more_body", False):
+            self._sign = None
+        await self._send(message)
+
+    def end(self) -> None:
+        """The reply is over, or given up."""
+        self._timer.cancel()
+
+    def _again(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(ALIVE_SECONDS / 2, self._look)
+
+    def _look(self) -> None:
+        self._quiet += 1
+        if self._quiet >= 2 and self._sign is not None:
+            self._write(self._sign)
+            self._quiet = 0
+        self._again()
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which can also write signs of life."""
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        super().on_message_begin()
+        self.scope[SIGN] = self._write_sign  # type: ignore[literal-required]
+
+    def _write_sign(self, body: bytes) -> None:
+        cycle = self.cycle
+        if cycle.disconnected or cycle.response_complete or self.transport.is_closing() or self.flow.write_paused:
+            return  # with its buffer full, the connection has something to say
+        if not cycle.response_started:
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        elif cycle.chunked_encoding and body:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
