@@ -43,9 +43,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers
-from benchmarks.bench_store import FINGERPRINT, SIZES, Pool, key
 from benchmarks.common import RESULTS, machine, seconds
 from benchmarks.servers import free_port
+from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, key
 from twostroke.kv.memory import PoolMemory
 from twostroke.store.direct import aligned, open_direct, pages, read_at, write_at
 from twostroke.store.directory import DirectoryTier

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from twostroke import config
+from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import aligned, copy
+from twostroke.store.direct import aligned
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, pack, unseal
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
