@@ -16,7 +16,7 @@ SIZES = {"368,640": 368_640, "1 MiB": 1 << 20, "4 MiB": 4 << 20}  # bytes of a b
 
 def key(*parts: object) -> bytes:
     """A block key."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr(parts).encode(), digest_size=24).digest()
 
 
 class Pool:

@@ -470,84 +470,114 @@ def store(
     return run(settings)
 
 
-kv = App(name="kv", help="Look at, check and clean what disk and directory tiers have left under PATH.")
+kv = App(
+    name="kv",
+    help="Look at, pin, check and clean the KV blocks of tiers.",
+    help_epilogue="WHERE is a PATH, as in --store disk:PATH:SIZE or dir:PATH; the http://HOST:PORT of a running "
+    "worker, for all of its tiers; or the HOST:PORT of a running cache service. What runs wants its TWOSTROKE_SECRET. "
+    "Files that a running worker or service owns (disk) can be looked at by PATH, and changed only through it.",
+)
 app.command(kv)
 
+Where = Annotated[str, Parameter(help="PATH, http://HOST:PORT of a worker, or HOST:PORT of a cache service.")]
+Salt = Annotated[str, Parameter(help="The cache_salt of the requests that use the prompt.")]
+
 
 @kv.command
-def stats(path: Path, /) -> int:
-    """What is there: blocks and bytes of each layout.
-
-    Parameters
-    ----------
-    path
-        As in --store disk:PATH:SIZE or dir:PATH.
-    """
+def stats(where: Where, /) -> int:
+    """What is there: blocks and bytes of each layout."""
     from twostroke import kvs
 
-    return kvs.stats(path)
+    return kvs.stats(where)
 
 
 @kv.command
-def ls(path: Path, /, *, limit: int = 50) -> int:
+def ls(where: Where, /, *, limit: int = 50) -> int:
     """List blocks, the youngest first.
 
     Parameters
     ----------
-    path
-        As in --store.
     limit
-        Most blocks to list.
+        Most blocks to list; of what runs, at most 500.
     """
     from twostroke import kvs
 
-    return kvs.ls(path, limit)
+    return kvs.ls(where, limit)
 
 
 @kv.command
-def verify(path: Path, /) -> int:
-    """Read every block and check it. The exit code is 1 if any is damaged; nothing is changed.
+def verify(where: Where, /) -> int:
+    """Read every block and check it. The exit code is 1 if any is damaged. What runs sets that aside at once.
 
-    Parameters
-    ----------
-    path
-        As in --store.
+    In files nothing is changed.
     """
     from twostroke import kvs
 
-    return kvs.verify(path)
+    return kvs.verify(where)
 
 
 @kv.command
-def gc(path: Path, /, *, keep: str | None = None) -> int:
-    """Remove what is damaged or unfinished. What running workers own is left alone.
+def gc(where: Where, /, *, keep: str | None = None) -> int:
+    """Remove what is damaged or unfinished.
 
     Parameters
     ----------
-    path
-        As in --store.
     keep
         In shared directories also the least recently used blocks, until each layout takes no more than this.
     """
     from twostroke import kvs
 
-    return kvs.gc(path, None if keep is None else parse_size(keep))
+    return kvs.gc(where, None if keep is None else parse_size(keep))
 
 
 @kv.command
-def clear(path: Path, /, *, fingerprint: str | None = None) -> int:
-    """Remove every block. What running workers own is left alone, and the exit code is 1 then.
+def clear(where: Where, /, *, fingerprint: str | None = None) -> int:
+    """Remove every block, pinned ones too. The exit code is 1 if some could not be.
 
     Parameters
     ----------
-    path
-        As in --store.
     fingerprint
-        Only those of this layout.
+        In files: only those of this layout.
     """
     from twostroke import kvs
 
-    return kvs.clear(path, fingerprint)
+    return kvs.clear(where, fingerprint)
+
+
+@kv.command
+def pin(where: Where, /, *keys: str, all: bool = False, prompt: Path | None = None, salt: Salt = "") -> int:
+    """Never evict these blocks; where blocks outlive a restart, so do pins. They count to the tier's budget.
+
+    Parameters
+    ----------
+    keys
+        As `twostroke kv ls` shows them.
+    all
+        Every block that is there now.
+    prompt
+        A file with the text that prompts begin with; for a running worker.
+    """
+    from twostroke import kvs
+
+    return kvs.pin(where, keys, every=all, prompt=prompt, salt=salt, pinned=True)
+
+
+@kv.command
+def unpin(where: Where, /, *keys: str, all: bool = False, prompt: Path | None = None, salt: Salt = "") -> int:
+    """Let blocks be evicted again.
+
+    Parameters
+    ----------
+    keys
+        As `twostroke kv ls` shows them.
+    all
+        Every block that is there now.
+    prompt
+        A file with the text that prompts begin with; for a running worker.
+    """
+    from twostroke import kvs
+
+    return kvs.pin(where, keys, every=all, prompt=prompt, salt=salt, pinned=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

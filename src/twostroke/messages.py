@@ -22,6 +22,7 @@ Url = Annotated[str, Meta(min_length=1, max_length=512)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Host = Annotated[str, Meta(pattern=r"^([A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}\]?)\Z")]  # a name or an address
 Address = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f:.]{2,45}(%[0-9A-Za-z._-]{1,32})?\Z")]  # numeric: nobody is asked
+HexKey = Annotated[str, Meta(pattern="^[0-9a-f]{48}\\Z")]  # of a block
 Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -304,6 +305,7 @@ class TierReport(Struct, frozen=True):
     blocks: int
     evictions: int
     damaged: int  # that did not verify
+    pinned: int = 0
     hits: int = 0  # that it gave to requests
     misses: int = 0  # of requests that it did not have
     written: int = 0
@@ -313,6 +315,44 @@ class TierReport(Struct, frozen=True):
     written_bytes: int = 0
     read_seconds: float = 0.0
     write_seconds: float = 0.0
+
+
+class Manage(Struct, frozen=True, forbid_unknown_fields=True):
+    """To a worker or a cache service, from people (``twostroke kv``): do this to the blocks of your store."""
+
+    action: Literal["stats", "ls", "verify", "gc", "clear", "pin", "unpin"]
+    tier: Name | None = None  # only the one of this name
+    keys: Annotated[list[HexKey], Meta(max_length=1024)] | None = None  # None is all
+    prompt: str | None = None  # instead: text, by its blocks; to a worker
+    salt: Annotated[str, Meta(max_length=256)] = ""  # of that
+    limit: Count = 50  # blocks to list
+
+
+class StoredBlock(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A block of a tier."""
+
+    key: HexKey
+    length: Count  # bytes
+    written: float | None  # unix seconds, where that is known
+    pinned: bool
+
+
+class ManagedTier(Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of a ``Manage`` on one tier."""
+
+    report: TierReport
+    layout: str  # fingerprint
+    changed: Count = 0  # blocks that were pinned, unpinned or removed
+    good: Count = 0
+    damaged: Count = 0
+    blocks: list[StoredBlock] = []
+    problem: str = ""  # why nothing was done
+
+
+class Managed(Struct, frozen=True, forbid_unknown_fields=True):
+    """Reply to a ``Manage``."""
+
+    tiers: list[ManagedTier]
 
 
 class WorkerInfo(Struct, frozen=True):

@@ -51,17 +51,26 @@ class Operator:
         return 0
 
     def _ask(self, path: str, message: bytes | None = None) -> bytes:
-        secret = cluster_secret()
-        headers = {"content-type": "application/json", **({SECRET_HEADER: secret} if secret else {})}
-        request = urllib.request.Request(self._url + path, data=message, headers=headers)  # noqa: S310 - checked
-        try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as reply:  # noqa: S310 - checked
-                body: bytes = reply.read()
-                return body
-        except urllib.error.HTTPError as error:
-            raise StartupError(_reason(error.read()) or f"the router answers {error.code}") from error
-        except OSError as error:
-            raise StartupError(f"no router answers at {self._url}: {error}") from error
+        return ask(self._url, path, message, who="router")
+
+
+def ask(url: str, path: str, message: bytes | None, *, who: str, seconds: float = _SECONDS) -> bytes:
+    """What a process replies, at most so many seconds later; to a message, or to a question for what is at ``path``.
+
+    Raises:
+        StartupError: in its own words, it refuses; or nobody answers.
+    """
+    secret = cluster_secret()
+    headers = {"content-type": "application/json", **({SECRET_HEADER: secret} if secret else {})}
+    request = urllib.request.Request(url + path, data=message, headers=headers)  # noqa: S310 - checked
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as reply:  # noqa: S310 - checked
+            body: bytes = reply.read()
+            return body
+    except urllib.error.HTTPError as error:
+        raise StartupError(_reason(error.read()) or f"the {who} answers {error.code}") from error
+    except OSError as error:
+        raise StartupError(f"no {who} answers at {url}: {error}") from error
 
 
 def _reason(body: bytes) -> str:

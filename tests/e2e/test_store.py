@@ -11,6 +11,7 @@ import aiohttp
 from tests.e2e.conftest import FLOAT32, HAND_OVER, ROLES, Reference
 from tests.e2e.system import Process, client, generate, launch, post
 from tests.store.test_service import free_port, process
+from twostroke import cli
 
 TOKENS = 8
 SMALL = (*FLOAT32, "--kv-memory", "42MiB", "--chunk-size", "256")  # 59 blocks: none of the prompts fits beside another
@@ -105,6 +106,14 @@ async def test_disaggregated_over_a_shared_directory(tmp_path: Path, reference: 
             await ask(session, system.url, reference, asked)
             hits = (await metrics(session, p))["hits dir"]
             assert hits >= 0.8 * sum(len(prompt) // 16 for prompt in asked)
+
+            (tmp_path / "prompt").write_text("Never forget this. " * 20)
+            before = (await metrics(session, p))["blocks dir"]
+            await post(session, f"{p.url}/v1/completions", {"prompt": "Never forget this. " * 20, "max_tokens": 1})
+            await settled(session, p, "blocks dir", before + 5)
+            for words in (["stats", p.url], ["pin", p.url, "--prompt", str(tmp_path / "prompt")], ["verify", p.url]):
+                assert await asyncio.to_thread(cli.run, ["kv", *words]) == 0
+            assert len(list((tmp_path / "shared").glob("*/pinned/*"))) >= 5
 
             await asyncio.to_thread(shutil.rmtree, tmp_path / "shared")
             await ask(session, system.url, reference, asked)

@@ -4,17 +4,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twostroke.kv.keys import block_keys, prompt_key, root_key
+from twostroke.kv.keys import KEY_BYTES, NOBODY, block_keys, prompt_key, root_key, tenant_of
 
 ROOT = root_key("f" * 32, "")
-KNOWN = ["e57bb320e8addcc52cb724378ed86b0e", "3f7bba2d2e9e271d74ece1c7a5ff6170"]
+KNOWN = ["38455f241d7cafd787883a1715eaa80ff2b1d66780e68cd7", "38455f241d7cafd73c27cb50664a70ad5186fda6b37d5447"]
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
 def test_roots_differ_by_fingerprint_and_by_salt() -> None:
     roots = {root_key(fingerprint, salt) for fingerprint in ("a" * 32, "b" * 32) for salt in ("", "x", "y")}
     assert len(roots) == 6
-    assert {len(root) for root in roots} == {16}
+    assert {len(root) for root in roots} == {KEY_BYTES}
+
+
+def test_keys_say_whose_they_are_and_nothing_of_the_salt() -> None:
+    tags = {salt: tenant_of(root_key("a" * 32, salt)) for salt in ("", "x", "y")}
+    assert tags[""] == NOBODY
+    assert len(set(tags.values())) == 3
+    for salt, tag in tags.items():
+        assert {tenant_of(key) for key in block_keys(root_key("a" * 32, salt), range(64), 16)} == {tag}
+    assert tenant_of(root_key("b" * 32, "x")) != tags["x"]
 
 
 def test_prompts_have_names_by_all_that_decides_their_blocks() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
+from twostroke.kv.keys import KEY_BYTES, NOBODY, TENANT_BYTES
 from twostroke.store.format import Sealed, seal
 from twostroke.store.tier import Place
 
@@ -12,8 +13,8 @@ OTHER = "cd" * 16
 
 
 def key(number: int) -> bytes:
-    """A block key."""
-    return hashlib.blake2b(b"key %d" % number, digest_size=16).digest()
+    """A block key without a tenant."""
+    return NOBODY + hashlib.blake2b(b"key %d" % number, digest_size=KEY_BYTES - TENANT_BYTES).digest()
 
 
 def keys(*numbers: int) -> list[bytes]:
@@ -21,9 +22,15 @@ def keys(*numbers: int) -> list[bytes]:
     return [key(number) for number in numbers]
 
 
+def owned(tenant: str, *numbers: int) -> list[bytes]:
+    """Block keys of a tenant."""
+    tag = hashlib.blake2b(tenant.encode(), digest_size=TENANT_BYTES).digest()
+    return [tag + one[TENANT_BYTES:] for one in keys(*numbers)]
+
+
 def payload(one: bytes, size: int = BYTES) -> bytes:
     """What belongs to a key."""
-    return (one * (size // len(one) + 1))[:size]
+    return (one[::-1] * (size // len(one) + 1))[:size]
 
 
 class Given:

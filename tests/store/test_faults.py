@@ -164,7 +164,7 @@ async def test_every_flipped_bit_of_a_block_file(tmp_path: Path) -> None:
     await tier.open()
     file = next(tmp_path.glob(f"*/??/{MANY[0].hex()}"))
     good = file.read_bytes()
-    places = [*range(88), *range(4096, 4096 + BYTES, 37)]
+    places = [*range(96), *range(4096, 4096 + BYTES, 37)]
     for place in places:
         file.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
         target = Taken()

@@ -24,7 +24,7 @@ from twostroke.kv.memory import Bytes
 from twostroke.messages import PoolAddress
 from twostroke.store import service
 from twostroke.store.format import Sealed
-from twostroke.store.frames import HEADER, MAX_MESSAGE, Mask, message, parse_header, parse_message, split
+from twostroke.store.frames import HEADER, MAX_MESSAGE, VERSION, Mask, message, parse_header, parse_message, split
 from twostroke.store.host import HostTier
 from twostroke.store.process import tiers
 from twostroke.store.server import Server
@@ -198,7 +198,7 @@ async def test_a_lifetime_that_ends_while_a_block_is_read() -> None:
         reading = asyncio.create_task(tier.get(MANY, target))
         await asyncio.sleep(0.001)
         shop._ttl = 0.0
-        shop.expire()
+        await shop.expire()
         await reading
         assert target.right(MANY)
         assert shop.store.reports()[0].blocks == 0
@@ -325,7 +325,7 @@ async def test_noise_is_refused() -> None:
 
         for size in (1, 12, 13, 100, 5000):
             await asyncio.to_thread(shout, rng.randbytes(size))
-            head = HEADER.pack(b"2sts", 1, 1, min(size, MAX_MESSAGE))
+            head = HEADER.pack(b"2sts", VERSION, 1, min(size, MAX_MESSAGE))
             await asyncio.to_thread(shout, head + rng.randbytes(size))
         await until(lambda: not server._wires)
         async with client(port) as tier:
@@ -335,11 +335,11 @@ async def test_noise_is_refused() -> None:
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        (HEADER.pack(b"nope", 1, 1, 0), "does not speak"),
+        (HEADER.pack(b"nope", VERSION, 1, 0), "does not speak"),
         (HEADER.pack(b"2sts", 9, 1, 0), "version 9"),
-        (HEADER.pack(b"2sts", 1, 1, MAX_MESSAGE + 1), "not expected"),
-        (HEADER.pack(b"2sts", 1, 2, 1020), "not expected"),
-        (HEADER.pack(b"2sts", 1, 7, 0), "not expected"),
+        (HEADER.pack(b"2sts", VERSION, 1, MAX_MESSAGE + 1), "not expected"),
+        (HEADER.pack(b"2sts", VERSION, 2, 1020), "not expected"),
+        (HEADER.pack(b"2sts", VERSION, 7, 0), "not expected"),
     ],
 )
 def test_frames_that_are_none(header: bytes, words: str) -> None:

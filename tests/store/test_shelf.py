@@ -1,12 +1,15 @@
 """The account of a tier's slots."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.store.blocks import key, keys
-from twostroke.store.eviction import POLICIES, Lru, S3Fifo
+from twostroke.kv.keys import NOBODY, TENANT_BYTES, tenant_of
+from twostroke.store.eviction import POLICIES, Lru, Quotas, S3Fifo
 from twostroke.store.shelf import Shelf
 
 
@@ -76,31 +79,73 @@ def test_a_medium_that_grows() -> None:
     assert [shelf.take(one) for one in keys(1, 2, 3, 4)] == [0, 1, 2, None]
 
 
+def test_what_is_protected_is_never_evicted() -> None:
+    shelf = full(1, 2, 3)
+    assert shelf.protect(keys(2, 9)) == {key(2): 1}
+    for number in range(10, 20):
+        assert shelf.take(key(number)) is not None
+        shelf.publish(key(number))
+        assert shelf.contains(keys(2)) == [True]
+    shelf.protect(keys(18, 19))
+    assert shelf.take(key(20)) is None, "all of it is protected"
+    assert shelf.expose(keys(2)) == {key(2): 1}
+    assert shelf.take(key(20)) == 1
+
+
+def of(tenant: int, number: int) -> bytes:
+    """A block of a tenant; of nobody if that is 0."""
+    return bytes([tenant] * TENANT_BYTES) + key(number)[TENANT_BYTES:]
+
+
+def test_a_tenant_gives_up_its_own_blocks_first() -> None:
+    """Though there is room; and nobody else's go for it."""
+    shelf = Shelf(8, Lru(), Quotas(3, Lru))
+    for number in range(3):
+        for tenant in (0, 1):
+            shelf.take(of(tenant, number))
+            shelf.publish(of(tenant, number))
+    shelf.contains([of(1, 0)])
+    assert shelf.take(of(1, 3)) is not None
+    assert shelf.contains([of(1, 0), of(1, 1), of(1, 2)]) == [True, False, True]
+    assert (shelf.free, shelf.evictions) == (2, 1)
+    for number in (3, 4):
+        assert shelf.take(of(0, number)) is not None, "who has no salt has no quota"
+    shelf.publish(of(1, 3))
+    shelf.protect([of(1, 0), of(1, 2), of(1, 3)])
+    assert shelf.take(of(1, 4)) is None, "it has pinned as much as it may have"
+    assert shelf.take(of(2, 4)) is not None
+
+
+def one(number: int) -> bytes:
+    """Blocks of three tenants, one of which is nobody."""
+    return of(number % 3, number)
+
+
 class Account(RuleBasedStateMachine):
     """Whatever happens, every slot is in one state, and no two blocks share one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shelf = Shelf(5, S3Fifo())
+        self.shelf = Shelf(5, S3Fifo(), Quotas(2, S3Fifo))
         self.filling: list[bytes] = []
         self.pins: list[tuple[bytes, int]] = []
+        self.pinned: set[bytes] = set()
 
     @rule(number=st.integers(0, 9))
     def take(self, number: int) -> None:
-        slot = self.shelf.take(key(number))
+        slot = self.shelf.take(one(number))
         if slot is not None:
             assert slot not in [pinned for _, pinned in self.pins]
-            self.filling.append(key(number))
+            self.filling.append(one(number))
 
     @precondition(lambda self: self.filling)
     @rule(fine=st.booleans())
     def finish(self, fine: bool) -> None:
-        one = self.filling.pop()
-        (self.shelf.publish if fine else self.shelf.cancel)(one)
+        (self.shelf.publish if fine else self.shelf.cancel)(self.filling.pop())
 
     @rule(number=st.integers(0, 9))
     def pin(self, number: int) -> None:
-        self.pins += [(key(number), slot) for slot in self.shelf.pin(keys(number))]
+        self.pins += [(one(number), slot) for slot in self.shelf.pin([one(number)])]
 
     @precondition(lambda self: self.pins)
     @rule()
@@ -109,7 +154,14 @@ class Account(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 9))
     def discard(self, number: int) -> None:
-        self.shelf.discard(key(number))
+        self.shelf.discard(one(number))
+        self.pinned.discard(one(number))
+
+    @rule(number=st.integers(0, 9), on=st.booleans())
+    def protect(self, number: int, on: bool) -> None:
+        found = (self.shelf.protect if on else self.shelf.expose)([one(number)])
+        assert found.keys() <= self.shelf.slots().keys()
+        self.pinned = self.pinned | found.keys() if on else self.pinned - found.keys()
 
     @rule()
     def extend(self) -> None:
@@ -120,6 +172,9 @@ class Account(RuleBasedStateMachine):
     def adds_up(self) -> None:
         shelf = self.shelf
         assert shelf.free + shelf.filling + shelf.stored + shelf.bad == shelf.total
+        assert shelf.protected == self.pinned <= shelf.slots().keys()
+        has = Counter(map(tenant_of, [*shelf.slots(), *self.filling]))
+        assert all(count <= 2 for tenant, count in has.items() if tenant != NOBODY)
 
 
 TestAccount = Account.TestCase

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, key, keys
+from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, key, keys, owned
 from twostroke.config import StoreConfig
 from twostroke.errors import MemoryTooSmall
 from twostroke.store.directory import DirectoryTier
@@ -17,7 +17,7 @@ from twostroke.store.process import tiers
 from twostroke.store.segment import Segment
 from twostroke.store.server import Server
 from twostroke.store.service import ServiceTier
-from twostroke.store.tier import MemoryTier, Tier
+from twostroke.store.tier import Managed, MemoryTier, Tier
 from twostroke.store.valkey import ValkeyTier
 
 ROOM = 40  # blocks, at least
@@ -127,6 +127,125 @@ async def test_it_never_takes_more_than_its_budget(tier: Tier) -> None:
     target, last = Taken(), keys(*range(390, 400))
     assert await tier.get(last, target) == 10
     assert target.right(last)
+
+
+MANAGED = ["memory", "host", "disk", "dir"]
+
+
+async def fill(tier: Tier, last: int) -> None:
+    """More blocks than fit."""
+    for first in range(1000, last, 20):
+        some = keys(*range(first, first + 20))
+        await tier.put(some, Given(some))
+
+
+@pytest.mark.parametrize("name", MANAGED)
+async def test_what_is_pinned_is_never_evicted_and_counts(make: Make, name: str) -> None:
+    """Also after a restart, where blocks outlive it; unpinned and dropped, it goes like any other."""
+    tier = make(name)
+    await tier.open()
+    some = keys(*range(8))
+    await tier.put(some, Given(some))
+    assert isinstance(tier, Managed)
+    assert await tier.pin(keys(*range(5), 77), True) == 5
+    assert tier.usage().pinned == 5
+    await fill(tier, 1400)
+    if name in PERSISTENT:
+        await tier.close()
+        tier = make(name)
+        await tier.open()
+        await fill(tier, 1400)
+    assert isinstance(tier, Managed)
+    assert list(await tier.contains(some)) == [True] * 5 + [False] * 3
+    target = Taken()
+    assert await tier.get(some, target) == 5
+    assert target.right(some)
+    assert {entry.key for entry in await tier.entries() if entry.pinned} == set(some[:5])
+    usage = tier.usage()
+    assert usage.pinned == 5
+    assert usage.used <= usage.capacity
+    assert await tier.pin(keys(0), False) == 1
+    assert await tier.drop(keys(1, 2)) == 2
+    await fill(tier, 1400)
+    await fill(tier, 1400)
+    assert list(await tier.contains(some)) == [False] * 3 + [True] * 2 + [False] * 3
+    if name in PERSISTENT:
+        await tier.close()
+        tier = make(name)
+        await tier.open()
+        assert list(await tier.contains(some)) == [False] * 3 + [True] * 2 + [False] * 3
+    await tier.close()
+
+
+@pytest.mark.parametrize("name", MANAGED)
+async def test_a_budget_full_of_pinned_blocks_takes_nothing_more(make: Make, name: str) -> None:
+    tier = make(name)
+    await tier.open()
+    assert isinstance(tier, Managed)
+    await fill(tier, 1400)
+    there = [entry.key for entry in await tier.entries()]
+    assert await tier.pin(there, True) == len(there)
+    some = keys(*range(20))
+    stored = await tier.put(some, Given(some))
+    assert stored < 20
+    assert tier.usage().used <= tier.usage().capacity
+    assert all(await tier.contains(there))
+    await tier.pin([*there, *some], True)
+    again = keys(*range(100, 140))
+    await tier.put(again, Given(again))
+    assert await tier.put(keys(500), Given(keys(500))) == 0
+    assert list(await tier.contains(keys(500))) == [False]
+    await tier.close()
+
+
+@pytest.mark.parametrize("name", ["host", "disk", "dir"])
+async def test_a_tenant_has_no_more_than_its_quota(make: Make, name: str) -> None:
+    """Its own blocks go, and nobody else's; so it is after a restart."""
+    tier = make(name)
+    slot = {"host": BYTES, "disk": 8192, "dir": 8192}[name]
+    tier.quota = 10 * slot  # type: ignore[attr-defined]
+    await tier.open()
+    some, other = keys(*range(6)), owned("b", *range(6))
+    await tier.put(some, Given(some))
+    await tier.put(other, Given(other))
+    for turn in range(2):
+        for first in range(0, 60, 6):
+            mine = owned("a", *range(first, first + 6))
+            assert await tier.put(mine, Given(mine)) == 6
+        has = await tier.contains(owned("a", *range(60)))
+        assert 6 <= sum(has) <= 10
+        assert all(has[54:])
+        assert all(await tier.contains([*some, *other])), "others keep theirs"
+        assert isinstance(tier, Managed)
+        if turn or name == "host":
+            break
+        await tier.close()
+        tier = make(name)
+        tier.quota = 10 * slot  # type: ignore[attr-defined]
+        await tier.open()
+    assert isinstance(tier, Managed)
+    await tier.pin(owned("a", *range(60)), True)
+    mine = owned("a", *range(100, 112))
+    assert await tier.put(mine, Given(mine)) < 5, "what it has pinned counts"
+    assert await tier.put(other, Given(other)) == 6
+    await tier.close()
+
+
+@pytest.mark.parametrize("name", ["host", "disk", "dir"])
+async def test_a_budget_smaller_than_one_request(make: Make, name: str) -> None:
+    """What is kept is its beginning, at first; and the budget always."""
+    tier = make(name, budget={"host": 5 * BYTES, "disk": 2 * 4096 + 5 * 8192, "dir": 5 * 8192}[name])
+    await tier.open()
+    many = keys(*range(60))
+    for _ in range(2):
+        stored = await tier.put(many, Given(many))
+        assert 0 < stored <= 20
+        usage = tier.usage()
+        assert usage.used <= usage.capacity
+        target = Taken()
+        assert await tier.get(many, target) <= stored
+        assert target.right(many)
+    await tier.close()
 
 
 async def test_many_at_once(tier: Tier) -> None:

@@ -11,7 +11,7 @@ from starlette.routing import Router
 from starlette.types import Message
 
 from twostroke.api.server import Boundary
-from twostroke.messages import Attach, Confirm, WorkerInfo, encode
+from twostroke.messages import Attach, Confirm, Manage, Managed, WorkerInfo, encode
 from twostroke.worker.internal import internal_routes
 
 ATTACH, CONFIRM = "/internal/handover/attach", "/internal/handover/confirm"
@@ -35,6 +35,9 @@ class Starting:
     producer = None
 
     def info(self) -> WorkerInfo:
+        raise AssertionError("nobody asks")
+
+    async def manage(self, order: Manage) -> Managed:
         raise AssertionError("nobody asks")
 
     def drain(self, seconds: float | None = None) -> None:

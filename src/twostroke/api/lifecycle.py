@@ -223,6 +223,7 @@ _TIER_GAUGES = {
     "capacity": "Bytes that the tier may use.",
     "used": "Bytes that the tier uses.",
     "blocks": "Blocks in the tier.",
+    "pinned": "Blocks of these that are never evicted.",
 }
 _TIER_COUNTS = {
     "hits": "Blocks that the tier gave to requests.",

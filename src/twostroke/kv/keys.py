@@ -1,15 +1,26 @@
-"""Block keys: a block's name is a hash over everything that decides its content."""
+"""Block keys: a block's name is a hash over everything that decides its content, behind a tag of whose it is."""
 
 import hashlib
 from array import array
 from collections.abc import Sequence
 
-BlockKey = bytes  # 16 bytes
+KEY_BYTES = 24  # of which the first name the tenant, and 16 are a hash
+TENANT_BYTES = 8
+NOBODY = bytes(TENANT_BYTES)  # the tag of blocks without a salt
+
+BlockKey = bytes  # KEY_BYTES
+Tenant = bytes  # TENANT_BYTES
 
 
 def root_key(fingerprint: str, salt: str) -> BlockKey:
     """The parent of every first block: layout fingerprint and tenant salt, so nothing is shared across either."""
-    return hashlib.blake2b(salt.encode(), digest_size=16, key=fingerprint.encode()).digest()
+    root = hashlib.blake2b(salt.encode(), digest_size=KEY_BYTES, key=fingerprint.encode()).digest()
+    return root if salt else NOBODY + root[TENANT_BYTES:]
+
+
+def tenant_of(key: BlockKey) -> Tenant:
+    """Whose block this is: the same for all blocks of one salt and layout. The salt cannot be told from it."""
+    return key[:TENANT_BYTES]
 
 
 def prompt_key(fingerprint: str, salt: str, token_ids: Sequence[int]) -> str:
@@ -26,9 +37,9 @@ def block_keys(parent: BlockKey, token_ids: Sequence[int], block_tokens: int) ->
         token_ids: ids in 0 .. 2**32 - 1.
         block_tokens: tokens a block.
     """
-    keys = []
+    keys, tenant = [], tenant_of(parent)
     for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
         block = array("I", token_ids[start : start + block_tokens])
-        parent = hashlib.blake2b(block.tobytes(), digest_size=16, key=parent).digest()
+        parent = tenant + hashlib.blake2b(block.tobytes(), digest_size=KEY_BYTES - TENANT_BYTES, key=parent).digest()
         keys.append(parent)
     return keys

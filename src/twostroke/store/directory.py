@@ -2,13 +2,15 @@
 
 ::
 
-    <path>/<layout fingerprint>/<first two digits of the key>/<key>     a page with the header, then the payload
-    <path>/<layout fingerprint>/tmp/                                     files that are being written
-    <path>/<layout fingerprint>/bad/                                     files that did not verify, the last few
+    <path>/<layout fingerprint>/<last two digits of the key>/<key>      a page with the header, then the payload
+    <path>/<layout fingerprint>/pinned/<key>                            an empty file: nobody evicts this block
+    <path>/<layout fingerprint>/tmp/                                    files that are being written
+    <path>/<layout fingerprint>/bad/                                    files that did not verify, the last few
 
 There is no master and no lock. A block is written under another name and renamed, so it is there as a whole or not at
 all. Two who write the same block write the same bytes. Whoever finds more than the budget removes the oldest; that a
-file is gone by the time it is read means that the block is not there.
+file is gone by the time it is read means that the block is not there. What is pinned makes others go instead, and where
+all is pinned nothing more is written.
 """
 
 import logging
@@ -16,15 +18,19 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from twostroke.kv.copying import copy
-from twostroke.kv.keys import BlockKey
+from twostroke.kv.keys import NOBODY, BlockKey, tenant_of
 from twostroke.store.direct import NO_ROOM, PAGE, aligned, open_direct, pages, read_at, write_at
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, pack, unpack, verify
+from twostroke.store.inspection import SharedFolder, key_of
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Source, Target, TierFailed, Usage
+from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage
 
 log = logging.getLogger(__name__)
 _THREADS = 8  # on a network's file system each waits most of the time
@@ -34,6 +40,7 @@ PAUSE_SECONDS = 30.0  # without writing after the file system was full
 _STALE_SECONDS = 3600.0  # after which an unfinished file is somebody's who died
 _MOST_BAD = 16  # damaged files that are kept
 _SPARE = 0.95  # of the budget is left in place when something has to go
+Result = TypeVar("Result")
 _NAMES = frozenset(f"{number:02x}" for number in range(256))
 
 
@@ -43,8 +50,10 @@ class DirectoryTier:
     def __init__(self, path: Path, block_bytes: int, fingerprint: str, capacity: int | None = None) -> None:
         """``capacity``: bytes of files under ``path``, of all layouts, about; ``None`` is no limit."""
         self.name = "dir"
+        self.quota: int | None = None  # bytes that a tenant may have here
         self._root = path
         self._path = path / fingerprint
+        self._folder = SharedFolder(self._path)
         self._block_bytes = block_bytes
         self._fingerprint = bytes.fromhex(fingerprint)
         self._capacity = capacity
@@ -53,6 +62,7 @@ class DirectoryTier:
         self._local = threading.local()
         self._known: dict[BlockKey, float] = {}  # blocks that were there, and when they were last marked as used
         self._others = 0  # bytes of other layouts
+        self._pinned = 0  # blocks, when we looked
         self._scanned = 0.0
         self._paused = 0.0  # until when nothing is written
         self._evictions = 0
@@ -116,8 +126,8 @@ class DirectoryTier:
         if time.monotonic() < self._paused:
             return sum(key in self._known for key in keys)
         try:
-            await self._threads.run(lambda: self._make_room(len(keys)))
-            stored = await self._threads.each(lambda i: self._store(keys[i], source, i), len(keys))
+            new = await self._threads.run(lambda: self._make_room([key for key in keys if key not in self._known]))
+            stored = await self._threads.each(lambda i: self._store(keys[i], source, i, new), len(keys))
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise TierFailed(str(error)) from error
@@ -126,14 +136,36 @@ class DirectoryTier:
             return sum(key in self._known for key in keys)
         return sum(stored)
 
+    async def entries(self) -> list[Entry]:
+        """See ``Managed.entries``."""
+        return await self._manage(lambda: list(self._folder.entries()))
+
+    async def pin(self, keys: Sequence[BlockKey], pinned: bool) -> int:
+        """See ``Managed.pin``."""
+        count = await self._manage(lambda: self._folder.pin(keys, pinned))
+        await self._manage(self._scan)
+        return count
+
+    async def drop(self, keys: Sequence[BlockKey]) -> int:
+        """See ``Managed.drop``."""
+        for key in keys:
+            self._known.pop(key, None)
+        return await self._manage(lambda: self._folder.drop(keys))
+
     def usage(self) -> Usage:
         """See ``Tier.usage``. As of the last look, and of our own doing since."""
         used = len(self._known) * self._file_bytes + self._others
-        return Usage(self._capacity or 0, used, len(self._known), self._evictions, self._damaged)
+        return Usage(self._capacity or 0, used, len(self._known), self._evictions, self._damaged, self._pinned)
 
     async def close(self) -> None:
         """See ``Tier.close``."""
         self._threads.close()
+
+    async def _manage(self, work: Callable[[], Result]) -> Result:
+        try:
+            return await self._threads.run(work)
+        except OSError as error:
+            raise TierFailed(str(error)) from error
 
     # -- in threads ----------------------------------------------------------------------------------------------
 
@@ -150,55 +182,79 @@ class DirectoryTier:
         known: dict[BlockKey, float] = {}
         for name in _NAMES & set(os.listdir(self._path)):
             for file in _list(self._path / name):
-                if len(file) == 32:
-                    key = bytes.fromhex(file)
+                if (key := key_of(file)) is not None:
                     known[key] = self._known.get(key, 0.0)
         self._known, self._scanned = known, time.monotonic()
+        self._pinned = len(self._folder.pinned() & known.keys())
         if self._capacity is not None:
             others = (path for path in self._root.iterdir() if path != self._path and path.is_dir())
             self._others = sum(file.stat().st_size for path in others for file in path.glob("??/*"))
 
-    def _make_room(self, count: int) -> None:
-        """Before so many blocks are written: remove what would be above the budget, whoever wrote it."""
+    def _make_room(self, keys: Sequence[BlockKey]) -> Collection[BlockKey]:
+        """Before these blocks are written: remove what would be above quota or budget, whoever wrote it. Those of them
+        for which there is room then.
+        """
         os.stat(self._path / "tmp")  # raises if the directory was removed under us
-        if self._capacity is None:
-            return
-        if time.monotonic() > self._scanned + _SCAN_SECONDS:
+        if (self._capacity is not None or self.quota is not None) and time.monotonic() > self._scanned + _SCAN_SECONDS:
             self._scan()
-        needed = count * self._file_bytes
-        if len(self._known) * self._file_bytes + self._others + needed <= self._capacity:
-            return
-        keep = min(int(self._capacity * _SPARE), self._capacity - needed)
-        files = sorted(self._files(), reverse=True)  # the youngest first
-        for _, size, file in files:
-            keep -= size
-            if keep < 0:
-                file.unlink(missing_ok=True)
-                self._evictions += 1
-        self._scan()
+        if self.quota is not None:
+            keys = self._within_quota(keys, self.quota // self._file_bytes)
+        if self._capacity is not None:
+            keys = self._within_budget(keys, self._capacity)
+        return set(keys)
 
-    def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """When each block of any layout was used last, its bytes, its file."""
-        for file in self._root.glob("*/??/*"):
-            try:
+    def _within_quota(self, keys: Sequence[BlockKey], most: int) -> Sequence[BlockKey]:
+        """What there is room for when no tenant has more than so many blocks; its own oldest ones go first."""
+        has, wants = Counter(map(tenant_of, self._known)), Counter(map(tenant_of, keys))
+        for tenant in wants.keys() - {NOBODY}:
+            if (above := has[tenant] + wants[tenant] - most) > 0:
+                own = [self._folder.file(key) for key in self._known if tenant_of(key) == tenant]
+                has[tenant] -= self._evict(own, max(0, len(own) - above) * self._file_bytes)
+        fits = []
+        for key in keys:
+            has[tenant_of(key)] += 1
+            if tenant_of(key) == NOBODY or has[tenant_of(key)] <= most:
+                fits.append(key)
+        return fits
+
+    def _within_budget(self, keys: Sequence[BlockKey], budget: int) -> Sequence[BlockKey]:
+        needed = len(keys) * self._file_bytes
+        if len(self._known) * self._file_bytes + self._others + needed > budget:
+            self._evict(self._root.glob("*/??/*"), min(int(budget * _SPARE), budget - needed))
+            self._scan()
+        room = budget - self._others - len(self._known) * self._file_bytes
+        return keys[: max(0, room // self._file_bytes)]
+
+    def _evict(self, files: Iterable[Path], keep: int) -> int:
+        """Remove the oldest of these files, until they have at most ``keep`` bytes, and how many that were. What is
+        pinned stays.
+        """
+        pinned = {path: SharedFolder(path).pinned() for path in self._root.iterdir() if path.is_dir()}
+        here: list[tuple[bool, float, int, Path]] = []
+        for file in files:
+            with suppress(FileNotFoundError):  # somebody else has evicted it
                 stat = file.stat()
-            except FileNotFoundError:  # somebody else has evicted it
-                continue
-            yield stat.st_mtime, stat.st_size, file
-
-    def _file(self, key: BlockKey) -> Path:
-        name = key.hex()
-        return self._path / name[:2] / name
+                spared = key_of(file.name) in pinned.get(file.parent.parent, ())
+                here.append((spared, stat.st_mtime, stat.st_size, file))
+        evicted = 0
+        for spared, _, size, file in sorted(here, reverse=True):  # what is pinned, then the youngest
+            keep -= size
+            if keep < 0 and not spared:
+                file.unlink(missing_ok=True)
+                self._known.pop(key_of(file.name) or b"", None)
+                evicted += 1
+        self._evictions += evicted
+        return evicted
 
     def _exists(self, key: BlockKey) -> bool:
         try:
-            os.stat(self._file(key))
+            os.stat(self._folder.file(key))
         except FileNotFoundError:
             return False
         return True
 
     def _read(self, key: BlockKey) -> Sealed:
-        fd = open_direct(str(self._file(key)), os.O_RDONLY)
+        fd = open_direct(str(self._folder.file(key)), os.O_RDONLY)
         try:
             if os.fstat(fd).st_size != self._file_bytes:
                 raise Corrupt("the file has another size")
@@ -210,17 +266,17 @@ class DirectoryTier:
         check(header, key, self._fingerprint, self._block_bytes)
         return verify(Sealed(buffer[PAGE : PAGE + self._block_bytes], header.digest))
 
-    def _store(self, key: BlockKey, source: Source, index: int) -> bool:
+    def _store(self, key: BlockKey, source: Source, index: int, new: Collection[BlockKey]) -> bool:
         if self._exists(key):
             self._known.setdefault(key, 0.0)
             return True
-        block = source.block(index)
+        block = source.block(index) if key in new else None
         if block is None:
             return False
         buffer = self._buffer()
         buffer[:HEADER_BYTES] = pack(Header(key, self._fingerprint, self._block_bytes, int(time.time()), block.digest))
         copy(buffer[PAGE : PAGE + self._block_bytes], block.payload)
-        temporary, file = self._path / "tmp" / uuid.uuid4().hex, self._file(key)
+        temporary, file = self._path / "tmp" / uuid.uuid4().hex, self._folder.file(key)
         try:
             fd = open_direct(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
@@ -241,7 +297,7 @@ class DirectoryTier:
     def _mark(self, keys: Sequence[BlockKey]) -> None:
         for key in keys:
             try:
-                os.utime(self._file(key))
+                os.utime(self._folder.file(key))
             except OSError:  # it is gone, or not ours: nothing that matters
                 continue
 
@@ -257,7 +313,7 @@ class DirectoryTier:
     def _set_aside(self, key: BlockKey) -> None:
         bad = self._path / "bad"
         try:
-            self._file(key).rename(bad / f"{key.hex()}-{uuid.uuid4().hex[:8]}")
+            self._folder.file(key).rename(bad / f"{key.hex()}-{uuid.uuid4().hex[:8]}")
         except FileNotFoundError:
             return
         for file in sorted(bad.iterdir(), key=_age)[_MOST_BAD:]:

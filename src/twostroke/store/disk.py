@@ -50,6 +50,7 @@ class _Folder:
         self._places: list[tuple[Segment, int]] = []  # by slot
         self._next = 0  # number of the next file
         self._retry = 0.0
+        self._pinned: set[int] = set()  # slots, as of the start
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
@@ -59,6 +60,7 @@ class _Folder:
         keys: list[BlockKey] = []
         slots: list[npt.NDArray[np.int64]] = []
         times: list[npt.NDArray[np.uint64]] = []
+        self._pinned = set()
         for name in self._names():
             self._next = max(self._next, int(name.removesuffix(SUFFIX)) + 1)
             try:
@@ -72,14 +74,15 @@ class _Folder:
                 os.unlink(name, dir_fd=self._directory)
                 continue
             first = self._add(segment)
-            there, places, written = segment.index()
-            keys += there
-            slots.append(places + first)
-            times.append(written)
+            index = segment.index()
+            keys += index.keys
+            slots.append(index.slots + first)
+            times.append(index.written)
+            self._pinned.update((index.pinned + first).tolist())
         if not keys:
             return []
         order = np.argsort(np.concatenate(times), kind="stable")
-        return list(zip([keys[index] for index in order], np.concatenate(slots)[order].tolist(), strict=True))
+        return list(zip([keys[place] for place in order], np.concatenate(slots)[order].tolist(), strict=True))
 
     def size(self) -> int:
         """See ``Medium.size``."""
@@ -119,17 +122,23 @@ class _Folder:
     def commit(self, slots: Sequence[int]) -> None:
         """See ``Medium.commit``."""
         self._check()
-        by_segment: dict[Segment, list[int]] = {}
-        for slot in slots:
-            segment, at = self._places[slot]
-            by_segment.setdefault(segment, []).append(at)
-        for segment, places in by_segment.items():
+        for segment, places in self._by_segment(slots).items():
             segment.commit(places)
 
     def forget(self, slot: int) -> None:
         """See ``Medium.forget``."""
         segment, at = self._places[slot]
         segment.forget(at)
+
+    def pin(self, slots: Sequence[int], pinned: bool) -> None:
+        """See ``Lasting.pin``."""
+        self._check()
+        for segment, places in self._by_segment(slots).items():
+            segment.pin(places, pinned)
+
+    def pinned(self) -> set[int]:
+        """See ``Lasting.pinned``."""
+        return self._pinned
 
     def close(self) -> None:
         """See ``Medium.close``."""
@@ -183,6 +192,13 @@ class _Folder:
 
     def _used(self) -> int:
         return sum(segment.size for segment in self._segments)
+
+    def _by_segment(self, slots: Sequence[int]) -> dict[Segment, list[int]]:
+        found: dict[Segment, list[int]] = {}
+        for slot in slots:
+            segment, at = self._places[slot]
+            found.setdefault(segment, []).append(at)
+        return found
 
     def _check(self) -> None:
         """Files that were removed under us can be read and written, but nobody finds them again."""

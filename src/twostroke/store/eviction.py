@@ -1,15 +1,15 @@
-"""Which block goes when a tier is full. Pure: keys in, a victim out.
+"""Which block goes when a tier is full, or its tenant has as many as it may. Pure: keys in, a victim out.
 
 ``Lru`` is the simplest that works. ``S3Fifo`` resists scans: a block that is used once, such as those of a long prompt
 that never comes back, passes through a small queue without pushing out what is used again. (S3-FIFO: Yang et al.,
 "FIFO queues are all you need for cache eviction", SOSP 2023.) ``benchmarks/bench_store.py`` compares them.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
-from twostroke.kv.keys import BlockKey
+from twostroke.kv.keys import NOBODY, BlockKey, Tenant, tenant_of
 
 PolicyName = Literal["lru", "s3-fifo"]
 
@@ -121,6 +121,61 @@ class S3Fifo:
         self._ghost[key] = None
         if len(self._ghost) > len(self._small) + len(self._main):
             self._ghost.popitem(last=False)
+
+
+class Quotas:
+    """How many blocks each tenant has, and which of them goes when it has as many as it may. Blocks without a salt are
+    nobody's, and not limited.
+    """
+
+    def __init__(self, most: int | None = None, policy: Callable[[], Policy] = Lru) -> None:
+        """``most``: blocks of one tenant; None is no limit. ``policy``: of each tenant's own blocks."""
+        self._most = most
+        self._policy = policy
+        self._has: Counter[Tenant] = Counter()
+        self._order: dict[Tenant, Policy] = {}
+
+    def full(self, key: BlockKey) -> bool:
+        """Whether one of its tenant's blocks must go before this one comes."""
+        return self._most is not None and self._has[tenant_of(key)] >= self._most and tenant_of(key) != NOBODY
+
+    def enter(self, key: BlockKey) -> None:
+        """A block is to be stored: it counts from now on."""
+        if self._most is not None:
+            self._has[tenant_of(key)] += 1
+
+    def leave(self, key: BlockKey) -> None:
+        """A block that had entered is gone, or did not come after all."""
+        if self._most is None:
+            return
+        tenant = tenant_of(key)
+        self._has[tenant] -= 1
+        if not self._has[tenant]:
+            del self._has[tenant]
+            self._order.pop(tenant, None)
+
+    def add(self, key: BlockKey) -> None:
+        """It may be evicted from now on. See ``Policy.add``."""
+        if self._most is not None:
+            if (tenant := tenant_of(key)) not in self._order:
+                self._order[tenant] = self._policy()
+            self._order[tenant].add(key)
+
+    def touch(self, keys: Iterable[BlockKey]) -> None:
+        """See ``Policy.touch``."""
+        if self._most is not None:
+            for key in keys:
+                self._order[tenant_of(key)].touch([key])
+
+    def remove(self, key: BlockKey) -> None:
+        """It may not be evicted any more. See ``Policy.remove``."""
+        if self._most is not None:
+            self._order[tenant_of(key)].remove(key)
+
+    def evict(self, key: BlockKey, spared: Callable[[BlockKey], bool]) -> BlockKey | None:
+        """Which of its tenant's blocks goes for this one; it is forgotten by this. None if all are ``spared``."""
+        order = self._order.get(tenant_of(key))
+        return None if order is None else order.evict(spared)
 
 
 POLICIES: dict[PolicyName, Callable[[], Policy]] = {"lru": Lru, "s3-fifo": S3Fifo}

@@ -1,19 +1,19 @@
 """The header that every stored block carries, and the one way to check a block before it is used.
 
-88 bytes, little-endian, in a field of ``HEADER_BYTES``:
+96 bytes, little-endian, in a field of ``HEADER_BYTES``:
 
 ======  =====  ===================================================================================
 offset  bytes
 ======  =====  ===================================================================================
 0       8      magic
 8       4      version of this format
-12      4      zero
+12      4      flags: 1 if the block is pinned, else 0
 16      8      length of the payload in bytes
 24      8      when it was written, unix seconds
-32      16     block key
-48      16     layout fingerprint
-64      16     xxh3-128 of the payload
-80      8      xxh3-64 of the 80 bytes before, so that a damaged header names no block at all
+32      24     block key
+56      16     layout fingerprint
+72      16     xxh3-128 of the payload
+88      8      xxh3-64 of the 88 bytes before, so that a damaged header names no block at all
 ======  =====  ===================================================================================
 
 The digests find damage, not forgery: whoever can write to a tier is trusted like a worker.
@@ -25,18 +25,19 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from twostroke.kv.keys import BlockKey
+from twostroke.kv.keys import KEY_BYTES, BlockKey
 
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 128
 MAGIC = b"2STROKE\n"
-_FIELDS = struct.Struct("<8sIIQQ16s16s16s")
+PINNED = 1  # a flag
+_FIELDS = struct.Struct(f"<8sIIQQ{KEY_BYTES}s16s16s")
 _CHECK = struct.Struct("<Q")
 FIELDS = np.dtype(  # the same, for many headers at once
     {
-        "names": ["magic", "version", "length", "written", "key", "fingerprint"],
-        "formats": ["S8", "<u4", "<u8", "<u8", "V16", "V16"],
-        "offsets": [0, 8, 16, 24, 32, 48],
+        "names": ["magic", "version", "flags", "length", "written", "key", "fingerprint"],
+        "formats": ["S8", "<u4", "<u4", "<u8", "<u8", f"V{KEY_BYTES}", "V16"],
+        "offsets": [0, 8, 12, 16, 24, 32, 56],
         "itemsize": HEADER_BYTES,
     }
 )
@@ -62,6 +63,7 @@ class Header(NamedTuple):
     length: int  # bytes of the payload
     written: int  # unix seconds
     digest: bytes  # xxh3-128 of the payload
+    pinned: bool = False
 
 
 def seal(payload: memoryview) -> Sealed:
@@ -72,7 +74,7 @@ def seal(payload: memoryview) -> Sealed:
 def pack(header: Header) -> bytes:
     """``HEADER_BYTES`` bytes."""
     fields = _FIELDS.pack(
-        MAGIC, VERSION, 0, header.length, header.written, header.key, header.fingerprint, header.digest
+        MAGIC, VERSION, header.pinned, header.length, header.written, header.key, header.fingerprint, header.digest
     )
     return (fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))).ljust(HEADER_BYTES, b"\0")
 
@@ -86,14 +88,14 @@ def unpack(raw: bytes | memoryview) -> Header:
     if len(raw) < _USED:
         raise Corrupt("the header is cut off")
     fields = bytes(raw[: _FIELDS.size])
-    magic, version, _, length, written, key, fingerprint, digest = _FIELDS.unpack(fields)
+    magic, version, flags, length, written, key, fingerprint, digest = _FIELDS.unpack(fields)
     if magic != MAGIC:
         raise Corrupt("it is no stored block")
     if version != VERSION:
         raise Corrupt(f"it has format {version}, not {VERSION}")
     if _CHECK.unpack(raw[_FIELDS.size : _USED])[0] != xxhash.xxh3_64_intdigest(fields):
         raise Corrupt("the header is damaged")
-    return Header(key, fingerprint, length, written, digest)
+    return Header(key, fingerprint, length, written, digest, bool(flags & PINNED))
 
 
 def check(header: Header, key: BlockKey, fingerprint: bytes, length: int) -> None:

@@ -17,22 +17,24 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from twostroke.kv.keys import BlockKey
-from twostroke.messages import Count, Name, PoolAddress, TierReport
+from twostroke.kv.keys import KEY_BYTES, BlockKey
+from twostroke.messages import Count, Manage, Managed, Name, PoolAddress, TierReport
 from twostroke.store.format import Sealed
 from twostroke.store.tier import TierFailed
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 128 << 10  # bytes
 MAX_KEYS = 4096  # in one message
 NONCE = 32  # bytes
+OPERATOR = bytes(16)  # no layout's fingerprint
+MANAGE_SECONDS = 600.0  # that an ``Order`` may take: all blocks are read
 
 _MAGIC = b"2sts"
 HEADER = struct.Struct("!4sHHI")  # magic, version, kind, bytes of the body
 BLOCK = struct.Struct("!I16s")  # index of the key, xxh3-128 of the payload
 
 Nonce = Annotated[bytes, Meta(min_length=NONCE, max_length=NONCE)]
-Keys = Annotated[bytes, Meta(max_length=16 * MAX_KEYS)]  # one after the other
+Keys = Annotated[bytes, Meta(max_length=KEY_BYTES * MAX_KEYS)]  # one after the other
 
 
 class Kind(IntEnum):
@@ -106,7 +108,19 @@ class Lent(Struct, frozen=True, tag=13, forbid_unknown_fields=True):
 
     pool: PoolAddress | None  # None: its memory cannot be mapped, from there or at all
     slots: Annotated[list[Count], Meta(max_length=MAX_KEYS)]
-    digests: Keys
+    digests: Annotated[bytes, Meta(max_length=16 * MAX_KEYS)]  # one after the other
+
+
+class Order(Struct, frozen=True, tag=16, forbid_unknown_fields=True):
+    """From people, on a connection that was opened for ``OPERATOR`` instead of a layout."""
+
+    manage: Manage
+
+
+class Outcome(Struct, frozen=True, tag=17, forbid_unknown_fields=True):
+    """What became of it, on all layouts that are in use."""
+
+    managed: Managed
 
 
 class Offer(Struct, frozen=True, tag=14, forbid_unknown_fields=True):
@@ -115,7 +129,7 @@ class Offer(Struct, frozen=True, tag=14, forbid_unknown_fields=True):
     keys: Keys
     pool: PoolAddress
     slots: Annotated[list[Count], Meta(max_length=MAX_KEYS)]
-    digests: Keys
+    digests: Annotated[bytes, Meta(max_length=16 * MAX_KEYS)]  # one after the other
 
 
 class Copied(Struct, frozen=True, tag=15, forbid_unknown_fields=True):
@@ -142,9 +156,25 @@ class Refused(Struct, frozen=True, tag=11, forbid_unknown_fields=True):
 
 
 Message = (
-    Hello | Challenge | Proof | Has | Mask | Get | Put | Done | Ask | Answer | Refused | Borrow | Lent | Offer | Copied
+    Hello
+    | Challenge
+    | Proof
+    | Has
+    | Mask
+    | Get
+    | Put
+    | Done
+    | Ask
+    | Answer
+    | Refused
+    | Borrow
+    | Lent
+    | Offer
+    | Copied
+    | Order
+    | Outcome
 )
-Request = Has | Get | Put | Ask | Borrow | Offer
+Request = Has | Get | Put | Ask | Borrow | Offer | Order
 Wanted = TypeVar("Wanted", bound=Message)
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -207,9 +237,9 @@ def parse_request(body: bytes | bytearray) -> Request:
 
 def split(keys: bytes) -> list[BlockKey]:
     """The keys of a message. ``TierFailed`` if they are not whole."""
-    if len(keys) % 16:
+    if len(keys) % KEY_BYTES:
         raise TierFailed("a key is cut off")
-    return [keys[at : at + 16] for at in range(0, len(keys), 16)]
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
 def prove(side: str, secret: str, hello: Hello, challenge: Challenge) -> Proof:

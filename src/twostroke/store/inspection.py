@@ -7,28 +7,22 @@ of it as any node would.
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from twostroke.errors import StartupError
-from twostroke.kv.keys import BlockKey
+from twostroke.kv.keys import KEY_BYTES, BlockKey
 from twostroke.store.direct import PAGE, aligned, open_direct, read_at
 from twostroke.store.disk import SUFFIX, lock, unowned
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, unpack, verify
 from twostroke.store.segment import Segment
+from twostroke.store.tier import Entry
 
 _HEX = frozenset("0123456789abcdef")
 _STALE_SECONDS = 3600.0
-
-
-class Entry(NamedTuple):
-    """A stored block."""
-
-    key: BlockKey
-    length: int  # bytes of the payload
-    written: float  # unix seconds
-    error: str | None = None  # why it is none, once it was verified
+_PINNED = "pinned"
 
 
 class Folder(Protocol):
@@ -49,6 +43,10 @@ class Folder(Protocol):
 
     def collect(self) -> int:
         """Remove what is damaged, unfinished or quarantined. How many."""
+        ...
+
+    def pin(self, keys: Collection[BlockKey] | None, pinned: bool) -> int:
+        """Those of these blocks that are here, or all, are never evicted, or may be again. How many."""
         ...
 
 
@@ -84,15 +82,28 @@ class DiskFolder:
                 segment.forget(slot)
         return len(bad)
 
+    def pin(self, keys: Collection[BlockKey] | None, pinned: bool) -> int:
+        """See ``Folder.pin``."""
+        if self.owned:
+            return 0
+        slots: dict[str, list[int]] = {}
+        for name, slot, entry in self._slots(verified=False):
+            if slot is not None and (keys is None or entry.key in keys):
+                slots.setdefault(name, []).append(slot)
+        for name, some in slots.items():
+            with _Opened(self.path, name, bytes.fromhex(self.fingerprint)) as segment:
+                segment.pin(some, pinned)
+        return sum(map(len, slots.values()))
+
     def _slots(self, verified: bool) -> Iterator[tuple[str, int | None, Entry]]:
         for file in sorted(self.path.glob(f"*{SUFFIX}")):
             try:
                 with _Opened(self.path, file.name, bytes.fromhex(self.fingerprint)) as segment:
                     for slot, header in segment.headers():
                         error = _error(lambda: segment.read(slot, header.key)) if verified else None  # noqa: B023
-                        yield file.name, slot, Entry(header.key, header.length, header.written, error)
+                        yield file.name, slot, Entry(header.key, header.length, header.written, header.pinned, error)
             except Corrupt as broken:
-                yield file.name, None, Entry(b"", 0, 0.0, f"{file.name}: {broken}")
+                yield file.name, None, Entry(b"", 0, 0.0, error=f"{file.name}: {broken}")
 
 
 class SharedFolder:
@@ -107,9 +118,11 @@ class SharedFolder:
 
     def entries(self, *, verified: bool = False) -> Iterator[Entry]:
         """See ``Folder.entries``."""
+        pinned = self.pinned()
         for file in sorted(self.path.glob("??/*")):
             try:
-                yield self._entry(file, verified)
+                entry = self._entry(file, verified)
+                yield entry._replace(pinned=entry.key in pinned)
             except FileNotFoundError:  # evicted meanwhile
                 continue
 
@@ -120,6 +133,7 @@ class SharedFolder:
     def collect(self) -> int:
         """See ``Folder.collect``."""
         gone = list(self.path.glob("bad/*"))
+        gone += [self._pin(key) for key in self.pinned() if not self.file(key).exists()]
         gone += [file for file in self.path.glob("tmp/*") if time.time() - file.stat().st_mtime > _STALE_SECONDS]
         gone += [file for file in self.path.glob("??/*") if self._entry(file, verified=True).error is not None]
         for file in gone:
@@ -127,15 +141,55 @@ class SharedFolder:
         return len(gone)
 
     def evict(self, keep: int) -> int:
-        """Remove the least recently used blocks until they take ``keep`` bytes at most. How many."""
-        files = sorted(((stat.st_mtime, stat.st_size, file) for file, stat in self._stats()), reverse=True)
+        """Remove the least recently used blocks until they take ``keep`` bytes at most, or all others are pinned. How
+        many.
+        """
+        pinned = self.pinned()
+        files = [(key_of(file.name) in pinned, stat.st_mtime, stat.st_size, file) for file, stat in self._stats()]
         removed = 0
-        for _, size, file in files:
+        for spared, _, size, file in sorted(files, reverse=True):
             keep -= size
-            if keep < 0:
+            if keep < 0 and not spared:
                 file.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+    def file(self, key: BlockKey) -> Path:
+        """Where a block is, or would be. Folders go by the hash in its key: its tenant's blocks are in all of them."""
+        name = key.hex()
+        return self.path / name[-2:] / name
+
+    def pinned(self) -> set[BlockKey]:
+        """Blocks that are not evicted, whether or not they are here."""
+        with suppress(FileNotFoundError):
+            return {key for name in os.listdir(self.path / _PINNED) if (key := key_of(name)) is not None}
+        return set()
+
+    def pin(self, keys: Collection[BlockKey] | None, pinned: bool) -> int:
+        """See ``Folder.pin``."""
+        if keys is None:
+            keys = [key for file in self.path.glob("??/*") if (key := key_of(file.name)) is not None]
+        here = [key for key in keys if self.file(key).exists()]
+        if here:
+            (self.path / _PINNED).mkdir(exist_ok=True)
+        for key in here:
+            if pinned:
+                self._pin(key).touch()
+            else:
+                self._pin(key).unlink(missing_ok=True)
+        return len(here)
+
+    def drop(self, keys: Collection[BlockKey]) -> int:
+        """Remove blocks, pinned ones too. How many."""
+        count = 0
+        for key in keys:
+            self._pin(key).unlink(missing_ok=True)
+            count += self.file(key).exists()
+            self.file(key).unlink(missing_ok=True)
+        return count
+
+    def _pin(self, key: BlockKey) -> Path:
+        return self.path / _PINNED / key.hex()
 
     def _stats(self) -> Iterator[tuple[Path, os.stat_result]]:
         for file in self.path.glob("??/*"):
@@ -146,12 +200,12 @@ class SharedFolder:
 
     def _entry(self, file: Path, verified: bool) -> Entry:
         stat = file.stat()
-        key = bytes.fromhex(file.name) if len(file.name) == 32 and set(file.name) <= _HEX else b""
+        key = key_of(file.name) or b""
         fd = open_direct(str(file), os.O_RDONLY)
         try:
             buffer = aligned(stat.st_size if verified else PAGE)
             if stat.st_size < PAGE:
-                return Entry(key, 0, stat.st_mtime, "it is cut off")
+                return Entry(key, 0, stat.st_mtime, error="it is cut off")
             read_at(fd, buffer[: stat.st_size // PAGE * PAGE] if verified else buffer, 0)
         finally:
             os.close(fd)
@@ -159,9 +213,14 @@ class SharedFolder:
             header = unpack(buffer[:HEADER_BYTES])
             check(header, key, bytes.fromhex(self.fingerprint), header.length)
         except Corrupt as broken:
-            return Entry(key, 0, stat.st_mtime, str(broken))
+            return Entry(key, 0, stat.st_mtime, error=str(broken))
         error = _error(lambda: _payload(buffer, header)) if verified else None
-        return Entry(key, header.length, header.written, error)
+        return Entry(key, header.length, header.written, error=error)
+
+
+def key_of(name: str) -> BlockKey | None:
+    """The block that a file of this name holds; None if it is no name of a block."""
+    return bytes.fromhex(name) if len(name) == 2 * KEY_BYTES and set(name) <= _HEX else None
 
 
 def folders(path: Path) -> list[Folder]:

@@ -18,18 +18,40 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from twostroke.kv.copying import copy
-from twostroke.kv.keys import BlockKey
+from twostroke.kv.keys import KEY_BYTES, BlockKey
 from twostroke.store.direct import PAGE, aligned, is_aligned, open_direct, pages, read_at, write_at
-from twostroke.store.format import FIELDS, HEADER_BYTES, MAGIC, VERSION, Corrupt, Header, Sealed, check, pack, unpack
+from twostroke.store.format import (
+    FIELDS,
+    HEADER_BYTES,
+    MAGIC,
+    PINNED,
+    VERSION,
+    Corrupt,
+    Header,
+    Sealed,
+    check,
+    pack,
+    unpack,
+)
 
 _MAGIC = b"2STRKSEG"
 _FIELDS = struct.Struct("<8sIIQ16s")
 MAX_SLOTS = 1 << 24
+
+
+class Index(NamedTuple):
+    """The blocks of a segment."""
+
+    keys: list[BlockKey]
+    slots: npt.NDArray[np.int64]  # by key
+    written: npt.NDArray[np.uint64]  # by key: unix seconds
+    pinned: npt.NDArray[np.int64]  # slots
 
 
 class Segment:
@@ -126,20 +148,19 @@ class Segment:
         """Whether its file has no name any more: nobody would find it at the next start."""
         return os.fstat(self._fd).st_nlink == 0
 
-    def index(self) -> tuple[list[BlockKey], npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-        """Keys, slots, and when each block was written in unix seconds, as the headers say. They are verified when they
-        are read: a damaged one may name a block that there is not.
-        """
+    def index(self) -> Index:
+        """What the headers say. They are verified when they are read: a damaged one may name what is not there."""
         table = np.frombuffer(self._table, FIELDS, self.slots, PAGE)
         good = (table["magic"] == MAGIC) & (table["version"] == VERSION) & (table["length"] == self._block_bytes)
         slots = np.flatnonzero(good & (table["fingerprint"] == np.void(self._fingerprint)))
         raw = table["key"][slots].tobytes()
-        return [raw[at : at + 16] for at in range(0, len(raw), 16)], slots, table["written"][slots]
+        keys = [raw[at : at + KEY_BYTES] for at in range(0, len(raw), KEY_BYTES)]
+        return Index(keys, slots, table["written"][slots], slots[(table["flags"][slots] & PINNED) != 0])
 
     def headers(self) -> list[tuple[int, Header]]:
         """Slots with a good header, and those headers."""
         found = []
-        for slot in self.index()[1].tolist():
+        for slot in self.index().slots.tolist():
             at = PAGE + slot * HEADER_BYTES
             with suppress(Corrupt):
                 found.append((slot, unpack(self._table[at : at + HEADER_BYTES])))
@@ -175,6 +196,15 @@ class Segment:
         with self._lock:
             self._set(slot, bytes(HEADER_BYTES))
         self.commit([slot])
+
+    def pin(self, slots: Sequence[int], pinned: bool) -> None:
+        """Say in the headers of these slots whether their blocks may be evicted. ``OSError``."""
+        with self._lock:
+            for slot in slots:
+                at = PAGE + slot * HEADER_BYTES
+                with suppress(Corrupt):  # when it is read, that shows
+                    self._set(slot, pack(unpack(self._table[at : at + HEADER_BYTES])._replace(pinned=pinned)))
+        self.commit(slots)
 
     def commit(self, slots: Sequence[int]) -> None:
         """Write the headers of these slots. ``OSError``."""

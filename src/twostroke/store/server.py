@@ -20,13 +20,15 @@ from twostroke.errors import HandoverFailed, StartupError
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.wire import Wire
-from twostroke.messages import PoolAddress, TierReport
+from twostroke.messages import Manage, Managed, ManagedTier, PoolAddress, TierReport
 from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,
     HEADER,
+    MANAGE_SECONDS,
     NONCE,
+    OPERATOR,
     Answer,
     Ask,
     Borrow,
@@ -41,10 +43,11 @@ from twostroke.store.frames import (
     Mask,
     Message,
     Offer,
+    Order,
+    Outcome,
     Proof,
     Put,
     Refused,
-    Request,
     Wanted,
     block_head,
     check_proof,
@@ -56,6 +59,7 @@ from twostroke.store.frames import (
     split,
 )
 from twostroke.store.host import HostTier
+from twostroke.store.management import manage
 from twostroke.store.service import BATCH_BYTES, PATIENCE, SLOWEST
 from twostroke.store.slots import SlotTier
 from twostroke.store.store import Hold, Store
@@ -149,18 +153,23 @@ class Shop:
         self.store.offer(keys, below=1)
         return stored
 
-    def expire(self) -> None:
-        """Give up what is too old."""
+    async def expire(self) -> None:
+        """Give up what is too old, but not what is pinned."""
         if self._ttl is None:
             return
         oldest, old = time.monotonic() - self._ttl, []
         while self._born and next(iter(self._born.values())) < oldest:
             old.append(self._born.popitem(last=False)[0])
-        for tier in self._tiers:
-            tier.drop(old)
+        for stage, tier in zip(self.store.stages, self._tiers, strict=True):
+            with suppress(TierFailed):
+                await stage.run(tier.drop([key for key in old if not tier.is_pinned(key)]))
+
+    async def manage(self, layout: str, order: Manage) -> list[ManagedTier]:
+        """What people ask."""
+        return await manage(self.store.stages, layout, order)
 
     def _fresh(self, key: BlockKey) -> bool:
-        if self._ttl is None:
+        if self._ttl is None or any(tier.is_pinned(key) for tier in self._tiers):
             return True
         now = time.monotonic()
         return now < self._born.setdefault(key, now) + self._ttl
@@ -206,9 +215,19 @@ class Server:
     async def _sweep(self) -> None:
         while self._ttl is not None:
             await asyncio.sleep(min(self._ttl / 4, 30.0))
-            for shop in self._shops.values():
-                if shop.done() and not shop.cancelled() and shop.exception() is None:
-                    shop.result().expire()
+            for shop in self._open_shops().values():
+                await shop.expire()
+
+    async def _manage(self, order: Manage) -> Managed:
+        shops = self._open_shops().items()
+        return Managed([tier for layout, shop in shops for tier in await shop.manage(layout, order)])
+
+    def _open_shops(self) -> dict[str, Shop]:
+        return {
+            fingerprint.hex(): task.result()
+            for (fingerprint, _), task in self._shops.items()
+            if task.done() and not task.cancelled() and task.exception() is None
+        }
 
     async def _shop(self, hello: Hello) -> Shop:
         """Of a layout, opened when it is first asked for. ``TierFailed`` if there are too many."""
@@ -250,6 +269,8 @@ class Server:
     def _serve(self, wire: Wire) -> None:
         try:
             hello = self._admit(wire)
+            if hello.fingerprint == OPERATOR:
+                self._obey(wire)
             shop = self._call(self._shop(hello))
             inbox = _Inbox(wire, shop.block_bytes)
             while True:
@@ -274,7 +295,15 @@ class Server:
         _send(wire, prove("server", self._secret, hello, challenge))
         return hello
 
-    def _answer(self, wire: Wire, shop: Shop, inbox: "_Inbox", request: Request) -> None:
+    def _obey(self, wire: Wire) -> None:
+        """Do what people ask, until they hang up."""
+        while True:
+            request = parse_request(_body(wire, IDLE_SECONDS))
+            if not isinstance(request, Order):
+                raise TierFailed("this connection is for no layout")
+            _send(wire, Outcome(self._call(self._manage(request.manage), MANAGE_SECONDS)))
+
+    def _answer(self, wire: Wire, shop: Shop, inbox: "_Inbox", request: Has | Get | Put | Offer | Borrow | Ask) -> None:
         match request:
             case Has(keys):
                 _send(wire, Mask(bytes(self._call(shop.has(split(keys))))))
@@ -320,7 +349,7 @@ class Server:
             return Copied(0, mapped=False)
         if not len(keys) == len(offer.slots) == len(offer.digests) / 16 or max(offer.slots, default=0) >= len(memory):
             raise TierFailed("the client offered other blocks")
-        digests = split(offer.digests)
+        digests = [offer.digests[at : at + 16] for at in range(0, len(offer.digests), 16)]
         blocks = [Sealed(memory[slot].data, digest) for slot, digest in zip(offer.slots, digests, strict=True)]
         return Copied(self._call(shop.put(keys, _Taken(blocks))), mapped=True)
 
@@ -336,12 +365,12 @@ class Server:
             return None
         return self._maps[wire][1]
 
-    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+    def _call(self, work: Coroutine[Any, Any, Result], seconds: float = _CALL_SECONDS) -> Result:
         """On the event loop."""
         if self._closed:
             work.close()
             raise TierFailed("the service is shutting down")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_SECONDS)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 
 
 class _Outlet:

@@ -15,14 +15,16 @@ from twostroke.errors import HandoverFailed
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.wire import Wire
-from twostroke.messages import PoolAddress, TierReport
+from twostroke.messages import Manage, Managed, PoolAddress, TierReport
 from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,
     HEADER,
+    MANAGE_SECONDS,
     MAX_KEYS,
     NONCE,
+    OPERATOR,
     Answer,
     Ask,
     Borrow,
@@ -37,6 +39,8 @@ from twostroke.store.frames import (
     Mask,
     Message,
     Offer,
+    Order,
+    Outcome,
     Proof,
     Put,
     Wanted,
@@ -85,9 +89,9 @@ class Session:
         """Send a message."""
         self.wire.send(message(content), seconds=PATIENCE)
 
-    def hear(self, wanted: type[Wanted]) -> Wanted:
-        """Receive a message."""
-        _, size = parse_header(self.wire.take(HEADER.size, self._deadline()))
+    def hear(self, wanted: type[Wanted], seconds: float = 0.0) -> Wanted:
+        """Receive a message, which may begin to come so much later."""
+        _, size = parse_header(self.wire.take(HEADER.size, self._deadline() + seconds))
         return parse_message(self.wire.take(size, self._deadline()), wanted)
 
     def ask(self, content: Message, wanted: type[Wanted]) -> Wanted:
@@ -113,6 +117,20 @@ class Session:
 
     def _deadline(self) -> float:
         return time.monotonic() + PATIENCE + self._block_bytes / SLOWEST
+
+
+def manage(host: str, port: int, secret: str, order: Manage) -> Managed:
+    """Have a running service do something to its blocks.
+
+    Raises:
+        TierFailed, OSError: it refuses, or is not there.
+    """
+    session = Session(host, port, OPERATOR, 1, secret)
+    try:
+        session.say(Order(order))
+        return session.hear(Outcome, MANAGE_SECONDS).managed
+    finally:
+        session.wire.close()
 
 
 class ServiceTier:

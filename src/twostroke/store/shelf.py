@@ -1,16 +1,16 @@
 """The account of a tier's slots: which hold a block, which are being written, which are free. Pure, no memory.
 
 Each slot is in exactly one state, so ``free + filling + stored + bad == total`` always holds. A slot that is pinned is
-being read, and keeps its block until it is not.
+being read, and keeps its block until it is not. A block that is protected is not evicted until somebody says so.
 
 Not thread-safe: a tier touches it on the event loop alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import compress
 
 from twostroke.kv.keys import BlockKey
-from twostroke.store.eviction import Policy
+from twostroke.store.eviction import Policy, Quotas
 
 _MOST_BAD = 8  # at most one slot in this many is set aside
 
@@ -18,10 +18,12 @@ _MOST_BAD = 8  # at most one slot in this many is set aside
 class Shelf:
     """Hands out slots of one medium and remembers which block is in which."""
 
-    def __init__(self, total: int, policy: Policy) -> None:
+    def __init__(self, total: int, policy: Policy, quotas: Quotas | None = None) -> None:
         self.total = total
         self.evictions = 0
-        self._policy = policy
+        self._policy = policy  # knows the blocks that may be evicted
+        self._quotas = quotas or Quotas()
+        self._protected: set[BlockKey] = set()
         self._free = list(range(total - 1, -1, -1))  # low numbers first, so that a file grows from its start
         self._slot: dict[BlockKey, int] = {}
         self._filling: dict[BlockKey, int] = {}
@@ -55,20 +57,32 @@ class Shelf:
         found = [key in slots for key in keys]
         here = list(compress(keys, found))
         here.reverse()
+        if self._protected:
+            here = [key for key in here if key not in self._protected]
         self._policy.touch(here)
+        self._quotas.touch(here)
         return found
 
-    def keys(self) -> list[BlockKey]:
-        """Every block that can be found."""
-        return list(self._slot)
+    @property
+    def protected(self) -> Set[BlockKey]:
+        """Blocks that are not evicted."""
+        return self._protected
 
-    def restore(self, slots: Iterable[tuple[BlockKey, int]]) -> None:
+    def slots(self) -> Mapping[BlockKey, int]:
+        """Every block that can be found, and where."""
+        return self._slot
+
+    def restore(self, slots: Iterable[tuple[BlockKey, int]], protected: Collection[int] = ()) -> None:
         """Blocks that were found in these slots of an empty shelf, the next to be evicted first. Of a block that is
-        there twice the last counts.
+        there twice the last counts. ``protected``: slots of those that are.
         """
         self._slot = dict(slots)
-        for key in self._slot:
-            self._policy.add(key)
+        for key, slot in self._slot.items():
+            self._quotas.enter(key)
+            if slot in protected:
+                self._protected.add(key)
+            else:
+                self._may_go(key)
         taken = set(self._slot.values())
         self._free = [slot for slot in range(self.total - 1, -1, -1) if slot not in taken]
 
@@ -97,38 +111,82 @@ class Shelf:
         if slot in self._held:
             self._put_away(slot, self._held.pop(slot))
 
+    def protect(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
+        """Those of the blocks that are here are not evicted from now on. They, and their slots."""
+        found = self._find(keys)
+        for key in found.keys() - self._protected:
+            self._policy.remove(key)
+            self._quotas.remove(key)
+        self._protected.update(found)
+        return found
+
+    def expose(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
+        """Those of the blocks that are here may be evicted again. They, and their slots."""
+        found = self._find(keys)
+        for key in found.keys() & self._protected:
+            self._protected.remove(key)
+            self._may_go(key)
+        return found
+
     def take(self, key: BlockKey) -> int | None:
-        """A slot to write the block into, evicting others as needed. None if it is here, or everything is in use."""
+        """A slot to write the block into, evicting others as needed. None if it is here, or whatever could go for it is
+        in use or protected.
+        """
         if key in self._slot or key in self._filling or key in self._pins:
             return None
-        if not self._free:
+        if self._quotas.full(key):
+            victim = self._quotas.evict(key, self._pins.__contains__)
+            if victim is None:
+                return None
+            self._policy.remove(victim)
+            self._evicted(victim)
+        elif not self._free:
             victim = self._policy.evict(self._pins.__contains__)
             if victim is None:
                 return None
-            self._free.append(self._slot.pop(victim))
-            self.evictions += 1
+            self._quotas.remove(victim)
+            self._evicted(victim)
         slot = self._filling[key] = self._free.pop()
+        self._quotas.enter(key)
         return slot
 
     def publish(self, key: BlockKey) -> None:
         """The block is written as a whole, and can be found from now on."""
         self._slot[key] = self._filling.pop(key)
-        self._policy.add(key)
+        self._may_go(key)
 
     def cancel(self, key: BlockKey) -> None:
         """The block could not be written."""
         self._free.append(self._filling.pop(key))
+        self._quotas.leave(key)
 
     def discard(self, key: BlockKey, *, bad: bool = True) -> None:
         """Give up a block. If it is damaged its slot is set aside, since the next one might fare no better there."""
         slot = self._slot.pop(key, None)
         if slot is None:
             return
-        self._policy.remove(key)
+        if key in self._protected:
+            self._protected.remove(key)
+        else:
+            self._policy.remove(key)
+            self._quotas.remove(key)
+        self._quotas.leave(key)
         if key in self._pins:
             self._held[slot] = bad
         else:
             self._put_away(slot, bad)
+
+    def _find(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
+        return {key: slot for key in keys if (slot := self._slot.get(key)) is not None}
+
+    def _may_go(self, key: BlockKey) -> None:
+        self._policy.add(key)
+        self._quotas.add(key)
+
+    def _evicted(self, key: BlockKey) -> None:
+        self._free.append(self._slot.pop(key))
+        self._quotas.leave(key)
+        self.evictions += 1
 
     def _put_away(self, slot: int, bad: bool) -> None:
         if not bad:

@@ -4,15 +4,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from twostroke.kv.keys import BlockKey
 from twostroke.store.direct import NO_ROOM
-from twostroke.store.eviction import Policy
+from twostroke.store.eviction import Policy, Quotas
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.shelf import Shelf
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Source, Target, TierFailed, Usage
+from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage
 
 log = logging.getLogger(__name__)
 PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
@@ -59,12 +59,28 @@ class Medium(Protocol):
         ...
 
 
+@runtime_checkable
+class Lasting(Protocol):
+    """A medium whose blocks outlive the process, and with them which of them are pinned."""
+
+    def pin(self, slots: Sequence[int], pinned: bool) -> None:
+        """What is in these slots is, or is not, to be pinned at the next ``open``. ``OSError``."""
+        ...
+
+    def pinned(self) -> set[int]:
+        """Slots whose blocks were pinned when it was opened."""
+        ...
+
+
 class SlotTier:
-    """See ``Tier``. The index is touched on the event loop alone; threads only move bytes of slots that are held."""
+    """See ``Tier`` and ``Managed``. The index is touched on the event loop alone; threads only move bytes of slots that
+    are held.
+    """
 
     def __init__(self, name: str, medium: Medium, policy: Callable[[], Policy], *, capacity: int, threads: int) -> None:
         """``capacity``: bytes that the medium may use."""
         self.name = name
+        self.quota: int | None = None  # bytes that a tenant may have here, from the next ``open`` on
         self._medium = medium
         self._policy = policy
         self._capacity = capacity
@@ -86,8 +102,9 @@ class SlotTier:
         except OSError as error:
             raise TierFailed(_why(error)) from error
         self._evictions += self._shelf.evictions
-        self._shelf = Shelf(self._medium.size(), self._policy())
-        self._shelf.restore(found)
+        most = None if self.quota is None else self.quota // self._medium.slot_bytes
+        self._shelf = Shelf(self._medium.size(), self._policy(), Quotas(most, self._policy))
+        self._shelf.restore(found, self._medium.pinned() if isinstance(self._medium, Lasting) else ())
 
     async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
         """See ``Tier.contains``."""
@@ -150,16 +167,62 @@ class SlotTier:
             self._use(-1)
         return len(keys) - len(missing) + len(written)
 
-    def drop(self, keys: Sequence[BlockKey]) -> None:
-        """Give up blocks; those that are being read, when they are read. On a disk they are found again at start."""
-        for key in keys:
-            self._shelf.discard(key, bad=False)
+    async def entries(self) -> list[Entry]:
+        """See ``Managed.entries``."""
+        shelf = self._shelf
+        return [Entry(key, self._medium.slot_bytes, None, key in shelf.protected) for key in shelf.slots()]
+
+    def is_pinned(self, key: BlockKey) -> bool:
+        """Whether this block is here, and pinned."""
+        return key in self._shelf.protected
+
+    async def pin(self, keys: Sequence[BlockKey], pinned: bool) -> int:
+        """See ``Managed.pin``."""
+        shelf = self._shelf
+        found = shelf.protect(keys) if pinned else shelf.expose(keys)
+        medium = self._medium
+        if found and isinstance(medium, Lasting):
+            held = [key for key in found if shelf.pin([key])]
+            self._use(1)
+            try:
+                await self._threads.run(lambda: medium.pin([found[key] for key in held], pinned))
+            except OSError as error:
+                raise TierFailed(_why(error)) from error
+            finally:
+                for key in held:
+                    shelf.unpin(key, found[key])
+                self._use(-1)
+        return len(found)
+
+    async def drop(self, keys: Sequence[BlockKey]) -> int:
+        """See ``Managed.drop``."""
+        shelf = self._shelf
+        held = {key: slots[0] for key in keys if (slots := shelf.pin([key]))}
+        for key in held:
+            shelf.discard(key, bad=False)
+
+        def forget() -> None:
+            for slot in held.values():
+                self._medium.forget(slot)
+
+        self._use(1)
+        try:
+            await self._threads.run(forget)
+        except OSError as error:
+            raise TierFailed(_why(error)) from error
+        finally:
+            for key, slot in held.items():  # only now may the slots be written again
+                shelf.unpin(key, slot)
+            self._use(-1)
+        return len(held)
 
     def usage(self) -> Usage:
         """See ``Tier.usage``."""
         shelf = self._shelf
         used = (shelf.total - shelf.free) * self._medium.slot_bytes
-        return Usage(self._capacity, used, shelf.stored, self._evictions + shelf.evictions, self._damaged)
+        return Usage(
+            self._capacity, used, shelf.stored, self._evictions + shelf.evictions, self._damaged, len(shelf.protected)
+        )
 
     async def close(self) -> None:
         """See ``Tier.close``."""
@@ -193,6 +256,8 @@ class SlotTier:
     async def _give_up(self, damaged: Sequence[int], keys: Sequence[BlockKey], slots: Sequence[int]) -> None:
         """Blocks that did not verify are never looked at again."""
         for index in damaged:
+            if self._shelf.slots().get(keys[index]) != slots[index]:
+                continue  # it was dropped while it was read
             log.warning("%s: block %s in slot %d is damaged", self.name, keys[index].hex(), slots[index])
             self._damaged += 1
             self._shelf.discard(keys[index])

@@ -90,6 +90,10 @@ class Stage:
         self.count("write_seconds", time.perf_counter() - start)
         return stored
 
+    async def run(self, call: Coroutine[Any, Any, Result]) -> Result:
+        """What people ask of the tier, which may take long. ``TierFailed``."""
+        return await self._guard(call, OPEN_SECONDS)
+
     def count(self, what: str, amount: float) -> None:
         """Add to a field of ``TierReport``."""
         self._counts[what] = self._counts.get(what, 0) + amount

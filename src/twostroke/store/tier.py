@@ -5,7 +5,7 @@ and gives what it read, verified, to a ``Target``. Both are called in a tier's o
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -55,6 +55,36 @@ class Usage(Struct, frozen=True):
     blocks: int
     evictions: int
     damaged: int  # blocks that did not verify
+    pinned: int = 0
+
+
+class Entry(NamedTuple):
+    """A stored block, as people see it."""
+
+    key: BlockKey
+    length: int  # bytes
+    written: float | None  # unix seconds; None is not known
+    pinned: bool = False
+    error: str | None = None  # why it is none, once it was verified
+
+
+@runtime_checkable
+class Managed(Protocol):
+    """A tier whose blocks people may look at, pin and remove while it is used. On the event loop, like ``Tier``; all
+    raise ``TierFailed``.
+    """
+
+    async def entries(self) -> list[Entry]:
+        """Every block."""
+        ...
+
+    async def pin(self, keys: Sequence[BlockKey], pinned: bool) -> int:
+        """Those of these blocks that are here are never evicted, or may be again: how many. They fill the budget."""
+        ...
+
+    async def drop(self, keys: Sequence[BlockKey]) -> int:
+        """Give up blocks, pinned ones too; those that are being read, when they are read. How many there were."""
+        ...
 
 
 class Tier(Protocol):
@@ -108,6 +138,7 @@ class MemoryTier:
         self.name = name
         self.blocks: dict[BlockKey, tuple[bytes, bytes]] = {}  # payload and digest
         self.fails = ""
+        self._pinned: set[BlockKey] = set()
         self._capacity = capacity
         self._damaged = 0
         self._evictions = 0
@@ -144,15 +175,37 @@ class MemoryTier:
             self._check()
             block = None if key in self.blocks else source.block(index)
             if block is not None:
-                while self.blocks and self._used + len(block.payload) > self._capacity:
-                    del self.blocks[next(iter(self.blocks))]
+                while self._used + len(block.payload) > self._capacity:
+                    victim = next((one for one in self.blocks if one not in self._pinned), None)
+                    if victim is None:
+                        break
+                    del self.blocks[victim]
                     self._evictions += 1
-                self.blocks[key] = bytes(block.payload), block.digest
+                else:
+                    self.blocks[key] = bytes(block.payload), block.digest
         return sum(key in self.blocks for key in keys)
+
+    async def entries(self) -> list[Entry]:
+        """See ``Managed.entries``."""
+        self._check()
+        return [Entry(key, len(one[0]), None, key in self._pinned) for key, one in self.blocks.items()]
+
+    async def pin(self, keys: Sequence[BlockKey], pinned: bool) -> int:
+        """See ``Managed.pin``."""
+        self._check()
+        here = self.blocks.keys() & set(keys)
+        self._pinned = self._pinned | here if pinned else self._pinned - here
+        return len(here)
+
+    async def drop(self, keys: Sequence[BlockKey]) -> int:
+        """See ``Managed.drop``."""
+        self._check()
+        self._pinned.difference_update(keys)
+        return sum(self.blocks.pop(key, None) is not None for key in keys)
 
     def usage(self) -> Usage:
         """See ``Tier.usage``."""
-        return Usage(self._capacity, self._used, len(self.blocks), self._evictions, self._damaged)
+        return Usage(self._capacity, self._used, len(self.blocks), self._evictions, self._damaged, len(self._pinned))
 
     async def close(self) -> None:
         """See ``Tier.close``."""

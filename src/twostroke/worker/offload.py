@@ -173,6 +173,10 @@ class Offload:
         """Let go of the tiers. The engine has stopped, or goes on without a store."""
         await self.store.close()
 
+    def keys(self, tokens: Sequence[int], salt: str) -> list[BlockKey]:
+        """Of the full blocks of a prompt."""
+        return block_keys(root_key(self._engine.model.layout.fingerprint, salt), tokens, self._block_tokens)
+
     def hold(self, keys: Sequence[BlockKey]) -> Hold:
         """See ``Origin.hold``."""
         return _Hold(self._engine, keys, self._staging, self._pool)
@@ -252,8 +256,7 @@ class Offload:
     def _reusable(self, tokens: Sequence[int], salt: str) -> list[BlockKey]:
         """Keys of the blocks that need not be computed: the last token's does, since its logits are needed."""
         reusable = (len(tokens) - 1) // self._block_tokens * self._block_tokens
-        root = root_key(self._engine.model.layout.fingerprint, salt)
-        return block_keys(root, tokens[:reusable], self._block_tokens)
+        return self.keys(tokens[:reusable], salt)
 
     async def _load(self, load: _Load) -> None:
         """As much of what is in the store as is worth it."""

@@ -18,12 +18,14 @@ from twostroke.api.server import bind, build_app, serve
 from twostroke.api.service import Load
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
 from twostroke.engine.engine import MEASURED_TOKENS, Admitted, Job, Progress, Update
-from twostroke.errors import EngineFailed, NoRoom, Overloaded, RequestError, Unavailable
+from twostroke.errors import EngineFailed, NoRoom, NotFound, Overloaded, RequestError, Unavailable
 from twostroke.links.link import Failures
 from twostroke.messages import (
     ForeignTicket,
     Join,
     KvTransfer,
+    Manage,
+    Managed,
     ModelCard,
     Output,
     Request,
@@ -33,6 +35,7 @@ from twostroke.messages import (
     WorkerInfo,
     WorkerState,
 )
+from twostroke.store.management import manage
 from twostroke.store.store import Store
 from twostroke.tokenizer import Tokenizer
 from twostroke.worker.announcer import Announcer
@@ -271,6 +274,20 @@ class Worker:
             block_tokens=loaded.engine.model.layout.block_tokens if loaded else 0,
             threads=loaded.engine.model.threads if loaded else self._config.engine.threads,
         )
+
+    async def manage(self, order: Manage) -> Managed:
+        """What people ask of our store (``twostroke kv``).
+
+        Raises:
+            NotFound: there is none.
+        """
+        if self._offload is None:
+            raise NotFound("this worker has no store (--store)")
+        if order.prompt is not None:
+            keys = self._offload.keys(self.tokenizer.encode(order.prompt), order.salt)
+            order = msgspec.structs.replace(order, keys=[key.hex() for key in keys])
+        layout = self._ready().engine.model.layout.fingerprint
+        return Managed(await manage(self._offload.store.stages, layout, order))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
