@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from twostroke import __version__, cli
-from twostroke.config import EngineConfig, RouterConfig, UpConfig, WorkerConfig
+from twostroke.config import EngineConfig, RouterConfig, StoreConfig, UpConfig, WorkerConfig
 
 VERBS = ["up", "serve", "router", "chat", "workers drain", "workers role", "workers list"]
 
@@ -241,3 +241,15 @@ def test_router_takes_several_urls_either_way(monkeypatch: pytest.MonkeyPatch) -
     assert config == RouterConfig(
         prefill=("http://a:1", "http://b:1"), decode=("http://c:1", "http://d:1"), on_loss="error"
     )
+
+
+def test_keys_and_quotas_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWOSTROKE_API_KEYS", "e")
+    flags = ["--api-key", "a", "--api-key", "b", "--tenant-quota", "2MiB"]
+    config = taken(monkeypatch, "twostroke.worker.worker", ["serve", *flags])
+    assert config == WorkerConfig(tenant_quota=2 << 20, api_keys=("a", "b", "e"))
+    config = taken(monkeypatch, "twostroke.up", ["up", *flags])
+    assert config == UpConfig(tenant_quota=2 << 20, api_keys=("a", "b", "e"))
+    assert taken(monkeypatch, "twostroke.router.router", ["router", *flags[:2]]) == RouterConfig(api_keys=("a", "e"))
+    config = taken(monkeypatch, "twostroke.store.process", ["store", "--memory", "1GiB", *flags[4:]])
+    assert config == StoreConfig(memory=1 << 30, tenant_quota=2 << 20)

@@ -280,3 +280,21 @@ def test_a_service_needs_a_secret_that_up_would_make_up() -> None:
     config.check_service(config.parse_store("service:127.0.0.1:8300"), "secret")
     with pytest.raises(StartupError, match="TWOSTROKE_SECRET"):
         config.check_service(config.parse_store("service:127.0.0.1:8300"), "")
+
+
+def test_api_keys_are_those_given_and_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TWOSTROKE_API_KEYS", raising=False)
+    assert config.api_keys() == ()
+    monkeypatch.setenv("TWOSTROKE_API_KEYS", "b, c,,a")
+    assert config.api_keys(["a"]) == ("a", "b", "c")
+    assert config.child_environment("s", ("x", "y"))["TWOSTROKE_API_KEYS"] == "x,y"
+    for bad in ("two words", "a,b", "\u00e4", "x" * 513):
+        with pytest.raises(StartupError, match="API key"):
+            config.api_keys([bad])
+
+
+def test_a_quota_holds_a_block() -> None:
+    assert config.check_quota(None, 10) is None
+    assert config.check_quota(10, 10) == 10
+    with pytest.raises(StartupError, match="does not hold one block"):
+        config.check_quota(9, 10)

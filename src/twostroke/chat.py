@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
+from twostroke.config import api_keys
 from twostroke.errors import StartupError
 
 _CONNECT_SECONDS = 5.0
@@ -78,6 +79,7 @@ class Chat:
         self._path = parts.path.rstrip("/")
         self._temperature = temperature
         self._max_tokens = max_tokens
+        self._key = {"authorization": f"Bearer {keys[0]}"} if (keys := api_keys()) else {}
         self._opening = [Message("system", system)] if system else []
         self._history = list(self._opening)
         self._model = ""
@@ -130,7 +132,7 @@ class Chat:
         body = ChatBody(self._model, self._history, self._temperature, self._max_tokens, stream=True)
         connection = self._connect()
         try:
-            headers = {"content-type": "application/json"}
+            headers = {"content-type": "application/json", **self._key}
             connection.request("POST", f"{self._path}/v1/chat/completions", msgspec.json.encode(body), headers)
             reply = connection.getresponse()
             if reply.status != 200:
@@ -142,7 +144,7 @@ class Chat:
     def _ask_model(self) -> str:
         try:
             connection = self._connect()
-            connection.request("GET", f"{self._path}/v1/models")
+            connection.request("GET", f"{self._path}/v1/models", headers=self._key)
             reply = connection.getresponse()
             body = reply.read()
             connection.close()

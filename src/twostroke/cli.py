@@ -35,6 +35,7 @@ app.command(workers)
 Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
 RouterUrl = Annotated[str, Parameter(help="The router.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+ApiKeys = Annotated[tuple[str, ...], Parameter(name="--api-key", help="Key that clients may use; again for more.")]
 ParentPid = Annotated[int | None, Parameter(show=False)]
 
 
@@ -65,6 +66,8 @@ class EngineOptions:
     "CPU threads of each worker. [default: all; up divides them]"
     store: str | None = None
     "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
+    tenant_quota: str | None = None
+    "Bytes that one cache_salt (or API key) may have in each tier."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
@@ -93,6 +96,10 @@ class EngineOptions:
             threads=self.threads or 0,
         )
 
+    def quota(self) -> int | None:
+        """Bytes of ``tenant_quota``. ``StartupError``."""
+        return None if self.tenant_quota is None else parse_size(self.tenant_quota)
+
 
 DEFAULT_OPTIONS = EngineOptions()
 
@@ -113,6 +120,7 @@ def up(
     on_loss: config.OnLoss = "continue",
     link: config.LinkChoice = "auto",
     link_device: str | None = None,
+    api_key: ApiKeys = (),
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -170,6 +178,8 @@ def up(
         link=link,
         link_devices=config.check_link_devices(link_device, link),
         store=config.parse_store(options.store),
+        tenant_quota=options.quota(),
+        api_keys=config.api_keys(api_key),
     )
     config.check_link(settings.link, settings.store)
     return run(settings)
@@ -192,6 +202,7 @@ def serve(
     router: Urls = (),
     drain_timeout: float = 30.0,
     lease_seconds: float = 30.0,
+    api_key: ApiKeys = (),
     insecure: bool = False,
     options: EngineOptions = DEFAULT_OPTIONS,
     parent_pid: ParentPid = None,
@@ -248,6 +259,8 @@ def serve(
         max_queue=max_queue,
         link=link,
         store=config.parse_store(options.store),
+        tenant_quota=options.quota(),
+        api_keys=config.api_keys(api_key),
         link_devices=config.check_link_devices(link_device, link),
         routers=router,
         drain_timeout=drain_timeout,
@@ -273,6 +286,7 @@ def router(
     max_queue: int = 1024,
     retries: int = 2,
     on_loss: config.OnLoss = "continue",
+    api_key: ApiKeys = (),
     insecure: bool = False,
     parent_pid: ParentPid = None,
 ) -> int:
@@ -329,6 +343,7 @@ def router(
         short_prompt=short_prompt,
         max_queue=max_queue,
         retries=retries,
+        api_keys=config.api_keys(api_key),
     )
     from twostroke.router.router import run
 
@@ -427,6 +442,7 @@ def store(
     disk: str | None = None,
     ttl: str | None = None,
     layouts: int = 1,
+    tenant_quota: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8300,
     insecure: bool = False,
@@ -444,6 +460,8 @@ def store(
         Forget blocks that were not written again for so long: 90s, 30min, 1h. [default: keep them]
     layouts
         Most models whose blocks it keeps; they share memory and disk equally.
+    tenant_quota
+        Bytes that one cache_salt (or API key) may have of memory and of disk, for each model.
     host
         Address to listen on.
     port
@@ -460,6 +478,7 @@ def store(
         disk=None if disk is None else config.parse_disk(disk),
         ttl=None if ttl is None else config.parse_seconds(ttl),
         layouts=layouts,
+        tenant_quota=None if tenant_quota is None else parse_size(tenant_quota),
         host=host,
         port=_port(port),
     )

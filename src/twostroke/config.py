@@ -30,6 +30,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?|[0-9a-f]*:[0-9a-f.]*:[0-9a-f:
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 _LINK_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _MOONCAKE = re.compile(r"([A-Za-z0-9._-]+|\[[0-9a-f:.]+\]):([0-9]{1,5})(?::(.+))?")
+_API_KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,512}")
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -126,6 +127,8 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     link: LinkChoice = "auto"  # offer and read over every link there is, or over this one alone
     link_devices: tuple[str, ...] = ()  # network devices that NIXL may use, such as "mlx5_2"; none is all
     store: tuple[TierConfig, ...] = ()  # the tiers below the pool, the fastest first
+    tenant_quota: int | None = None  # bytes that one salt may have in each of them
+    api_keys: tuple[str, ...] = ()  # of clients; none is no check
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 2.5  # silence from the producer after which the consumer computes for itself
     progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
@@ -156,6 +159,7 @@ class RouterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_queue: int = 1024  # requests without a first byte, above which new ones get 429
     queue_timeout: float = 600.0  # for which a request waits until a decode worker has room
     retries: int = 2  # times that one request is sent to another worker because one was lost, or refused it
+    api_keys: tuple[str, ...] = ()  # of clients; none is no check
 
 
 class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,6 +180,8 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     link: LinkChoice = "auto"  # of each worker
     link_devices: tuple[str, ...] = ()  # of each worker
     store: tuple[TierConfig, ...] = ()  # of each worker, too
+    tenant_quota: int | None = None  # of each worker
+    api_keys: tuple[str, ...] = ()  # of the router, and of each worker
 
 
 class StoreConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -185,6 +191,7 @@ class StoreConfig(Struct, frozen=True, forbid_unknown_fields=True):
     disk: DiskTier | None = None
     ttl: float | None = None  # seconds
     layouts: int = 1  # of blocks, that is models, that share memory and disk equally
+    tenant_quota: int | None = None  # bytes that one salt may have of each, for each model
     host: str = "127.0.0.1"
     port: int = 8300
 
@@ -266,6 +273,17 @@ def check_link(link: LinkChoice, store: Sequence[TierConfig]) -> None:
     """
     if link == "store" and not any(isinstance(tier, SHARED_TIERS) for tier in store):
         raise StartupError("--link store needs a tier that both ends share: add for example --store dir:/mnt/shared")
+
+
+def check_quota(quota: int | None, block_bytes: int) -> int | None:
+    """The same quota, if a tenant can have a block with it.
+
+    Raises:
+        StartupError: it cannot.
+    """
+    if quota is not None and quota < block_bytes:
+        raise StartupError(f"--tenant-quota {quota} does not hold one block of {block_bytes:,} bytes")
+    return quota
 
 
 def check_service(store: Sequence[TierConfig], secret: str) -> None:
@@ -392,9 +410,23 @@ def valkey_password() -> str:
     return os.environ.get("TWOSTROKE_VALKEY_PASSWORD", "")
 
 
-def child_environment(secret: str) -> dict[str, str]:
-    """The environment of a process that this one starts, which shares ``secret`` with it."""
-    return {**os.environ, "TWOSTROKE_SECRET": secret}
+def api_keys(given: Sequence[str] = ()) -> tuple[str, ...]:
+    """The keys that clients may use: those that were given, and those of ``TWOSTROKE_API_KEYS``, with commas between.
+
+    Raises:
+        StartupError: one cannot stand in a header.
+    """
+    listed = os.environ.get("TWOSTROKE_API_KEYS", "").split(",")
+    keys = tuple(dict.fromkeys(key.strip() for key in (*given, *listed) if key.strip()))
+    if not all(_API_KEY.fullmatch(key) for key in keys):
+        raise StartupError("an API key is up to 512 printable ASCII characters without blanks and commas")
+    return keys
+
+
+def child_environment(secret: str, keys: Sequence[str] = ()) -> dict[str, str]:
+    """The environment of a process that this one starts, which shares ``secret`` and API keys with it."""
+    shared = {"TWOSTROKE_SECRET": secret, **({"TWOSTROKE_API_KEYS": ",".join(keys)} if keys else {})}
+    return {**os.environ, **shared}
 
 
 def cache_dir() -> Path:

@@ -49,6 +49,13 @@ class Unauthorized(RequestError):
     fault: Fault = "client"
 
 
+class InvalidApiKey(Unauthorized):
+    """API keys are in use, and the request carries none of them."""
+
+    kind = "invalid_request_error"  # as OpenAI says it
+    code = "invalid_api_key"
+
+
 class NotFound(RequestError):
     """No such path, model, request or hand-over."""
 

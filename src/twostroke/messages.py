@@ -30,6 +30,7 @@ TICKET_HEADER = "x-twostroke-handover"
 JOURNAL_HEADER = "x-twostroke-journal"
 ALIVE_HEADER = "x-twostroke-alive"  # of a request: who sends it wants signs of life, and understands them
 ALIVE_SECONDS = 1.0  # of saying nothing, after which there is one
+TENANT_HEADER = "x-twostroke-tenant"  # the salt of requests that name none; believed with the secret
 SECRET_HEADER = "x-twostroke-secret"  # noqa: S105 - the header's name, not a secret
 
 

@@ -89,6 +89,7 @@ def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
         "--kv-memory": engine.kv_memory,
         "--chunk-size": engine.token_budget,
         "--store": ",".join(map(str, config.store)) or None,
+        "--tenant-quota": config.tenant_quota,
         "--link-device": ",".join(config.link_devices) or None,
     }
     return [
@@ -174,7 +175,7 @@ class System:
         return 1
 
     async def _start(self) -> None:
-        environment = configs.child_environment(self._secret)
+        environment = configs.child_environment(self._secret, self._config.api_keys)
         for plan in self._plans:
             self._board.show(plan.name, "starting")
             arguments = serve_arguments(plan, self._config)
@@ -218,7 +219,8 @@ class System:
         asked = '[{"role": "user", "content": "What is the capital of France?"}]'
         body = f'{{"model": "{model}", "messages": {asked}, "temperature": 0}}'
         self._console.print(f"ready: {url}\n\ntry:")
-        command = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+        key = " -H 'authorization: Bearer KEY'" if self._config.api_keys else ""
+        command = f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
         self._console.print(command, soft_wrap=True, markup=False)
         self._console.print()
 

@@ -144,10 +144,12 @@ class Running:
 
 
 @asynccontextmanager
-async def running(service: ScriptedService, shutdown_seconds: int = 5) -> AsyncIterator[Running]:
+async def running(
+    service: ScriptedService, shutdown_seconds: int = 5, api_keys: tuple[str, ...] = ()
+) -> AsyncIterator[Running]:
     lifecycle, stop, sock = Lifecycle("worker-0"), asyncio.Event(), bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    app = build_app(service, lifecycle, max_body=MAX_BODY)
+    app = build_app(service, lifecycle, max_body=MAX_BODY, api_keys=api_keys)
     serving = asyncio.create_task(serve(app, sock, shutdown_seconds=shutdown_seconds, stop=stop))
     try:
         async with aiohttp.ClientSession() as http:

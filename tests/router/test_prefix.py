@@ -38,6 +38,9 @@ def test_a_salt_parts_tenants_wherever_it_stands() -> None:
     assert one[0][0] == one[1][0]
     assert not set(one[0]) & set(other[0])
     assert not set(one[0]) & set(chain(body("x" * 600)))
+    tenants = [chain(body("x" * 600), tenant) for tenant in ("", "a", "b")]
+    assert len({hashes[0] for hashes in tenants}) == 3, "a tenant of the router's counts like a salt"
+    assert chain(body("x" * 600, cache_salt="s"), "a") == chain(body("x" * 600, cache_salt="s"), "b")
     assert chain(b'{"cache_salt"') == chain(b'{"cache_salt":"')
 
 

@@ -9,8 +9,9 @@ import pytest
 from starlette.types import Send
 
 from tests.router.scripted import ScriptedWorker, System, hang, json_answer, stream_answer, system, until
+from twostroke.api.keys import tenant
 from twostroke.api.server import Timeline
-from twostroke.messages import SECRET_HEADER, TICKET_HEADER
+from twostroke.messages import SECRET_HEADER, TENANT_HEADER, TICKET_HEADER
 from twostroke.router.worker import WorkerReport
 
 PATH = "/v1/completions"
@@ -392,3 +393,26 @@ def test_the_router_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, twostroke.cli, twostroke.router.router; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# -- API keys ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("secret", ["", "s"])
+async def test_keys_are_checked_here_and_workers_told_whose_the_request_is(secret: str) -> None:
+    """Both ends of a hand-over alike, since their blocks have the same names only then."""
+    async with system(secret=secret, api_keys=("sk-one",)) as running:
+        async with running.client.post("/v1/completions", data=b"{}") as reply:
+            assert reply.status == 401
+            assert (await reply.json())["error"]["code"] == "invalid_api_key"
+        assert not any(worker.seen for worker in running.workers)
+        headers = {"authorization": "Bearer sk-one", TENANT_HEADER: "somebody else"}
+        async with running.client.post("/v1/completions", data=b"{}", headers=headers) as reply:
+            assert reply.status == 200
+        seen = [worker.seen[0].headers for worker in running.workers]
+        assert [one[TENANT_HEADER] for one in seen] == [tenant("sk-one")] * 2
+        assert [one["authorization"] for one in seen] == ["Bearer sk-one"] * 2, "a worker may want to see it, too"
+        async with running.client.get("/v1/models", headers=headers) as reply:
+            assert reply.status != 401
+        async with running.client.get("/health") as reply:
+            assert reply.status == 200

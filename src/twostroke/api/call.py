@@ -57,6 +57,7 @@ class Setting(Struct, frozen=True):
     tokenizer: Tokenizer
     http_id: str
     now: int
+    salt: str = ""  # of requests that name none
 
 
 class Prompt(Struct, frozen=True):
@@ -260,7 +261,7 @@ def plan(prompts: Sequence[Prompt], setting: Setting, param: str, salt: str = ""
                 sampling=_sampling(prompt, setting, room, _seed(prompt.knobs.seed, setting.http_id, at, choice)),
                 prompt_index=at,
                 choice=choice,
-                salt=salt,
+                salt=salt or setting.salt,
                 priority=priority,
             )
             context = [] if prompt.chat else prompt.tokens[-CONTEXT_TOKENS:]

@@ -44,6 +44,7 @@ from twostroke.api.http import (
     reply_error,
     unless_gone,
 )
+from twostroke.api.keys import Guard
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.api.service import Service
 from twostroke.errors import (
@@ -86,10 +87,20 @@ _BACKLOG = 2048
 _LINES = msgspec.json.Decoder(list[Sent])
 
 
-def build_app(service: Service, lifecycle: Lifecycle, *, max_body: int, routes: Sequence[BaseRoute] = ()) -> ASGIApp:
-    """All public endpoints over ``service``, and the worker's own ``routes``. ``max_body`` is in bytes."""
+def build_app(
+    service: Service,
+    lifecycle: Lifecycle,
+    *,
+    max_body: int,
+    routes: Sequence[BaseRoute] = (),
+    api_keys: Sequence[str] = (),
+) -> ASGIApp:
+    """All public endpoints over ``service``, and the worker's own ``routes``. ``max_body`` is in bytes. ``api_keys``:
+    who may ask for tokens; none is anybody.
+    """
     api = _Api(service, lifecycle, max_body)
-    return Alive(Boundary(Router([*routes, *api.routes()], redirect_slashes=False)))
+    pages = Router([*routes, *api.routes()], redirect_slashes=False)
+    return Alive(Boundary(Guard(pages, api_keys, config.cluster_secret())))
 
 
 # -- the boundary ------------------------------------------------------------------------------------------------
@@ -269,7 +280,7 @@ class _Api:
 
     def _setting(self, scope: Scope, now: int) -> Setting:
         card = self._service.card()
-        return Setting(card, self._service.tokenizer, scope["twostroke.http_id"], now)
+        return Setting(card, self._service.tokenizer, scope["twostroke.http_id"], now, scope["twostroke.tenant"])
 
     async def _translate(self, translate: Translate, body: bytes, setting: Setting) -> Call:
         if len(body) <= _BIG_BODY:

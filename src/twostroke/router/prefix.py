@@ -26,22 +26,24 @@ def tokens_of(body_bytes: int) -> int:
     return body_bytes // BYTES_A_TOKEN
 
 
-def chain(body: bytes) -> Sequence[int]:
-    """Hashes of the full chunks of the prompt in ``body``, each of them over everything before it too, and the salt."""
+def chain(body: bytes, tenant: str = "") -> Sequence[int]:
+    """Hashes of the full chunks of the prompt in ``body``, each of them over everything before it too, and the salt,
+    which is the ``tenant``'s if the body names none.
+    """
     head = body[:_LOOK]
     start = min((place for place in map(head.find, _PROMPTS) if place >= 0), default=0)
-    hashes, parent = [], _salt(body)
+    hashes, parent = [], _salt(body, tenant)
     for at in range(start, min(len(body) - CHUNK, start + (MAX_CHUNKS - 1) * CHUNK) + 1, CHUNK):
         parent = xxh3_64_intdigest(body[at : at + CHUNK], parent)
         hashes.append(parent)
     return hashes
 
 
-def _salt(body: bytes) -> int:
+def _salt(body: bytes, tenant: str) -> int:
     """Tenants do not see each other's blocks. 0 without a salt."""
     key = body.find(_SALT)
     if key < 0:
-        return 0
+        return xxh3_64_intdigest(tenant.encode()) if tenant else 0
     start = body.find(b'"', key + len(_SALT)) + 1
     return xxh3_64_intdigest(body[start : body.find(b'"', start)]) if start else 0
 

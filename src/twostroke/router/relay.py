@@ -105,7 +105,7 @@ class Relay:
         self.in_flight += 1
         try:
             call = await read_call(scope, receive, self._max_body)
-            hashes = chain(call.body) if self._rules.policy == "prefix-aware" else ()
+            hashes = chain(call.body, call.tenant) if self._rules.policy == "prefix-aware" else ()
             await self._serve(
                 _Trip(call, Reply(send, keeps=self._continues), place, self.line.number(), hashes), receive
             )

@@ -10,9 +10,9 @@ from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import DONE, read_body
 from twostroke.errors import NoRoom, TooSlow, Unavailable
-from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER
+from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER, TENANT_HEADER
 
-_PASSED_ON = (b"content-type", b"content-encoding", b"accept", b"traceparent")
+_PASSED_ON = (b"authorization", b"content-type", b"content-encoding", b"accept", b"traceparent")
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 _DIGITS = 9  # of the size of a frame
 _MAX_EVENT = 64 << 20  # bytes of an event, or of the events of a frame; a journal's line counts in
@@ -31,6 +31,7 @@ class Call(Struct, frozen=True):
     handover: str  # of every ticket of this request; unlike ``id`` it is never used twice
     headers: dict[str, str]
     created: int  # unix seconds
+    tenant: str = ""  # the salt of the request, if its body names none
 
 
 async def read_call(scope: Scope, receive: Receive, max_body: int) -> Call:
@@ -42,6 +43,7 @@ async def read_call(scope: Scope, receive: Receive, max_body: int) -> Call:
         ClientGone: the client went away.
     """
     id_: str = scope["twostroke.http_id"]
+    tenant: str = scope.get("twostroke.tenant", "")
     query: str = scope["query_string"].decode("latin-1")
     passed = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _PASSED_ON}
     try:
@@ -54,8 +56,9 @@ async def read_call(scope: Scope, receive: Receive, max_body: int) -> Call:
         body=body,
         id=id_,
         handover=secrets.token_hex(16),
-        headers={**passed, REQUEST_ID_HEADER: id_},
+        headers={**passed, REQUEST_ID_HEADER: id_, **({TENANT_HEADER: tenant} if tenant else {})},
         created=int(time.time()),
+        tenant=tenant,
     )
 
 

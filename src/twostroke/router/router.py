@@ -19,6 +19,7 @@ from starlette.routing import Router as Pages
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twostroke.api.http import read_body
+from twostroke.api.keys import Guard
 from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import Boundary, Health, Timeline, bind, serve
 from twostroke.config import RouterConfig, cluster_secret
@@ -59,7 +60,7 @@ class Router:
         ]
         urls = [(url.rstrip("/"), pool) for group, pool in groups for url in group]
         self.registry = Registry(urls, session, secret=secret, heartbeat=config.heartbeat)
-        self.app: ASGIApp = Boundary(self._dispatch)
+        self.app: ASGIApp = Boundary(Guard(self._dispatch, config.api_keys, secret))
         self._config = config
         self._session = session
         self._secret = {SECRET_HEADER: secret} if secret else {}
@@ -153,23 +154,27 @@ class Router:
         """What every worker answers alike: ask the first that is ready."""
         for worker in self.registry.workers:
             if worker.ready:
-                return await self._ask(worker, "GET", request.url.path)
+                return await self._ask(worker, "GET", request.url.path, key=request.headers.get("authorization"))
         raise Unavailable("no worker is ready")
 
     async def _abort(self, request: Request) -> Response:
         """Any worker may have the request, and those that do not have it do not mind."""
         body = await read_body(request.scope, request.receive, self._config.max_body)
         present = [worker for worker in self.registry.workers if worker.state in ("ready", "draining")]
-        asked = (self._ask(worker, "POST", "/abort_request", body) for worker in present)
+        key = request.headers.get("authorization")
+        asked = (self._ask(worker, "POST", "/abort_request", body, key) for worker in present)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         replies = [answer for answer in answers if isinstance(answer, Response)]
         if not replies:
             raise Unavailable("no worker is ready")
         return min(replies, key=lambda reply: reply.status_code)
 
-    async def _ask(self, worker: Worker, method: str, path: str, body: bytes | None = None) -> Response:
+    async def _ask(
+        self, worker: Worker, method: str, path: str, body: bytes | None = None, key: str | None = None
+    ) -> Response:
+        """What a worker says. ``key``: the client's, which the worker may want to see as we did."""
         timeout = _GENERATE if path == "/health_generate" else _ASK
-        headers = {**self._secret, "content-type": _JSON}
+        headers = {**self._secret, "content-type": _JSON, **({"authorization": key} if key else {})}
         try:
             async with self._session.request(
                 method, worker.url + path, data=body, headers=headers, timeout=timeout

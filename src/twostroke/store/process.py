@@ -8,7 +8,7 @@ from collections.abc import Callable
 import uvloop
 
 from twostroke.api.server import bind
-from twostroke.config import StoreConfig, cluster_secret
+from twostroke.config import StoreConfig, check_quota, cluster_secret
 from twostroke.kv.copying import kernel
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier
@@ -30,6 +30,8 @@ def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
             made.append(
                 disk_tier(config.disk.path, block_bytes, fingerprint, config.disk.size // config.layouts, _OWNER)
             )
+        for tier in made:
+            tier.quota = check_quota(config.tenant_quota, block_bytes)
         return made
 
     return make

@@ -37,6 +37,7 @@ from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier
 from twostroke.store.mooncake import MooncakeTier
 from twostroke.store.service import ServiceTier
+from twostroke.store.slots import SlotTier
 from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
 
@@ -139,6 +140,9 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         links.append(TcpLink(memory.address, access, secret, slowest=slowest))
         offers.append(serving.address)
     tiers = tuple(_make_tier(tier, model.layout, config.name, secret) for tier in config.store)
+    for tier in tiers:
+        if isinstance(tier, SlotTier | DirectoryTier):  # others are their servers'
+            tier.quota = configs.check_quota(config.tenant_quota, model.layout.block_bytes)
     return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
 
 

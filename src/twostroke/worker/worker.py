@@ -449,7 +449,13 @@ async def _run(config: WorkerConfig) -> int:
     sock = bind(config.host, config.port)
     host, port = sock.getsockname()[:2]
     worker = Worker(config, f"http://{host}:{port}", secret)
-    app = build_app(worker, worker.lifecycle, max_body=config.max_body, routes=internal_routes(worker, secret))
+    app = build_app(
+        worker,
+        worker.lifecycle,
+        max_body=config.max_body,
+        routes=internal_routes(worker, secret),
+        api_keys=config.api_keys,
+    )
     stop, died = asyncio.Event(), asyncio.Event()
     serving = asyncio.create_task(serve(app, sock, shutdown_seconds=_SHUTDOWN_SECONDS, stop=stop, drain=worker.drain))
     starting = asyncio.create_task(worker.start(died))
