@@ -129,12 +129,12 @@ async def test_it_never_takes_more_than_its_budget(tier: Tier) -> None:
     assert target.right(last)
 
 
-MANAGED = ["memory", "host", "disk", "dir"]
+MANAGED = {"memory": 40 * BYTES, "host": 40 * BYTES, "disk": 50 * 8192, "dir": 40 * 8192}  # and budgets
 
 
-async def fill(tier: Tier, last: int) -> None:
+async def fill(tier: Tier) -> None:
     """More blocks than fit."""
-    for first in range(1000, last, 20):
+    for first in range(1000, 1100, 20):
         some = keys(*range(first, first + 20))
         await tier.put(some, Given(some))
 
@@ -142,19 +142,19 @@ async def fill(tier: Tier, last: int) -> None:
 @pytest.mark.parametrize("name", MANAGED)
 async def test_what_is_pinned_is_never_evicted_and_counts(make: Make, name: str) -> None:
     """Also after a restart, where blocks outlive it; unpinned and dropped, it goes like any other."""
-    tier = make(name)
+    tier = make(name, budget=MANAGED[name])
     await tier.open()
     some = keys(*range(8))
     await tier.put(some, Given(some))
     assert isinstance(tier, Managed)
     assert await tier.pin(keys(*range(5), 77), True) == 5
     assert tier.usage().pinned == 5
-    await fill(tier, 1400)
+    await fill(tier)
     if name in PERSISTENT:
         await tier.close()
-        tier = make(name)
+        tier = make(name, budget=MANAGED[name])
         await tier.open()
-        await fill(tier, 1400)
+        await fill(tier)
     assert isinstance(tier, Managed)
     assert list(await tier.contains(some)) == [True] * 5 + [False] * 3
     target = Taken()
@@ -166,12 +166,12 @@ async def test_what_is_pinned_is_never_evicted_and_counts(make: Make, name: str)
     assert usage.used <= usage.capacity
     assert await tier.pin(keys(0), False) == 1
     assert await tier.drop(keys(1, 2)) == 2
-    await fill(tier, 1400)
-    await fill(tier, 1400)
+    await fill(tier)
+    await fill(tier)
     assert list(await tier.contains(some)) == [False] * 3 + [True] * 2 + [False] * 3
     if name in PERSISTENT:
         await tier.close()
-        tier = make(name)
+        tier = make(name, budget=MANAGED[name])
         await tier.open()
         assert list(await tier.contains(some)) == [False] * 3 + [True] * 2 + [False] * 3
     await tier.close()
@@ -179,10 +179,10 @@ async def test_what_is_pinned_is_never_evicted_and_counts(make: Make, name: str)
 
 @pytest.mark.parametrize("name", MANAGED)
 async def test_a_budget_full_of_pinned_blocks_takes_nothing_more(make: Make, name: str) -> None:
-    tier = make(name)
+    tier = make(name, budget=MANAGED[name])
     await tier.open()
     assert isinstance(tier, Managed)
-    await fill(tier, 1400)
+    await fill(tier)
     there = [entry.key for entry in await tier.entries()]
     assert await tier.pin(there, True) == len(there)
     some = keys(*range(20))

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -126,7 +126,7 @@ class DirectoryTier:
         if time.monotonic() < self._paused:
             return sum(key in self._known for key in keys)
         try:
-            new = await self._threads.run(lambda: self._make_room([key for key in keys if key not in self._known]))
+            new = await self._threads.run(lambda: self._make_room(keys))
             stored = await self._threads.each(lambda i: self._store(keys[i], source, i, new), len(keys))
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -190,26 +190,27 @@ class DirectoryTier:
             others = (path for path in self._root.iterdir() if path != self._path and path.is_dir())
             self._others = sum(file.stat().st_size for path in others for file in path.glob("??/*"))
 
-    def _make_room(self, keys: Sequence[BlockKey]) -> Collection[BlockKey]:
-        """Before these blocks are written: remove what would be above quota or budget, whoever wrote it. Those of them
-        for which there is room then.
+    def _make_room(self, asked: Sequence[BlockKey]) -> Collection[BlockKey]:
+        """Before these blocks are written: remove what would be above quota or budget, whoever wrote it, but none of
+        them. Those that are not here, and for which there is room then.
         """
         os.stat(self._path / "tmp")  # raises if the directory was removed under us
         if (self._capacity is not None or self.quota is not None) and time.monotonic() > self._scanned + _SCAN_SECONDS:
             self._scan()
+        keys, here = [key for key in asked if key not in self._known], set(asked) & self._known.keys()
         if self.quota is not None:
-            keys = self._within_quota(keys, self.quota // self._file_bytes)
+            keys = self._within_quota(keys, here, self.quota // self._file_bytes)
         if self._capacity is not None:
-            keys = self._within_budget(keys, self._capacity)
+            keys = self._within_budget(keys, here, self._capacity)
         return set(keys)
 
-    def _within_quota(self, keys: Sequence[BlockKey], most: int) -> Sequence[BlockKey]:
+    def _within_quota(self, keys: list[BlockKey], here: Set[BlockKey], most: int) -> list[BlockKey]:
         """What there is room for when no tenant has more than so many blocks; its own oldest ones go first."""
         has, wants = Counter(map(tenant_of, self._known)), Counter(map(tenant_of, keys))
         for tenant in wants.keys() - {NOBODY}:
             if (above := has[tenant] + wants[tenant] - most) > 0:
                 own = [self._folder.file(key) for key in self._known if tenant_of(key) == tenant]
-                has[tenant] -= self._evict(own, max(0, len(own) - above) * self._file_bytes)
+                has[tenant] -= self._evict(own, max(0, len(own) - above) * self._file_bytes, here)
         fits = []
         for key in keys:
             has[tenant_of(key)] += 1
@@ -217,24 +218,25 @@ class DirectoryTier:
                 fits.append(key)
         return fits
 
-    def _within_budget(self, keys: Sequence[BlockKey], budget: int) -> Sequence[BlockKey]:
+    def _within_budget(self, keys: list[BlockKey], here: Set[BlockKey], budget: int) -> list[BlockKey]:
         needed = len(keys) * self._file_bytes
         if len(self._known) * self._file_bytes + self._others + needed > budget:
-            self._evict(self._root.glob("*/??/*"), min(int(budget * _SPARE), budget - needed))
+            self._evict(self._root.glob("*/??/*"), min(int(budget * _SPARE), budget - needed), here)
             self._scan()
         room = budget - self._others - len(self._known) * self._file_bytes
         return keys[: max(0, room // self._file_bytes)]
 
-    def _evict(self, files: Iterable[Path], keep: int) -> int:
+    def _evict(self, files: Iterable[Path], keep: int, needed: Set[BlockKey]) -> int:
         """Remove the oldest of these files, until they have at most ``keep`` bytes, and how many that were. What is
-        pinned stays.
+        pinned stays, and what is needed.
         """
         pinned = {path: SharedFolder(path).pinned() for path in self._root.iterdir() if path.is_dir()}
         here: list[tuple[bool, float, int, Path]] = []
         for file in files:
             with suppress(FileNotFoundError):  # somebody else has evicted it
                 stat = file.stat()
-                spared = key_of(file.name) in pinned.get(file.parent.parent, ())
+                key = key_of(file.name)
+                spared = key in needed or key in pinned.get(file.parent.parent, ())
                 here.append((spared, stat.st_mtime, stat.st_size, file))
         evicted = 0
         for spared, _, size, file in sorted(here, reverse=True):  # what is pinned, then the youngest
