@@ -2,6 +2,7 @@
 """Tiers and what goes wrong with them, for real: full and read-only disks, damaged files, killed writers."""
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -42,13 +43,12 @@ async def filled(name: str, path: Path) -> None:
 
 
 async def survey(tier: Tier) -> int:
-    """How many of ``MANY`` can be had, each alone; none of them is ever wrong."""
-    got = 0
-    for one in MANY:
-        target = Taken()
-        got += await tier.get([one], target)
-        assert target.right([one])
-    return got
+    """How many of ``MANY`` can be had; none of them is ever wrong."""
+    here = [one for one, there in zip(MANY, await tier.contains(MANY), strict=True) if there]
+    target = Taken()
+    await tier.get(here, target)
+    assert target.right(here)
+    return len(target.blocks)
 
 
 @pytest.fixture
@@ -152,6 +152,83 @@ async def test_a_path_that_is_a_file(tmp_path: Path) -> None:
             await tier.open()
         with pytest.raises(TierFailed):
             await tier.open()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+async def test_an_io_error(tmp_path: Path, name: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a dying disk gives them: the tier fails, nothing wrong comes of it, and opened again it works."""
+    await filled(name, tmp_path)
+    tier = make(name, tmp_path)
+    await tier.open()
+    more, work, calls = keys(*range(100, 120)), getattr(os, call), iter(range(10**9))
+
+    def fail(fd: int, *arguments: object) -> int:
+        if next(calls) % 3 == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return int(work(fd, *arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        target = Taken()
+        with pytest.raises(TierFailed, match="nput/output error"):
+            await (tier.get(MANY, target) if call == "preadv" else tier.put(more, Given(more)))
+        assert target.right(MANY)
+        assert not list(tmp_path.glob("*/tmp/*")), "nothing unfinished is left"
+    await tier.open()
+    assert await survey(tier) == len(MANY)
+    assert await tier.put(more, Given(more)) == len(more)
+    target = Taken()
+    assert await tier.get(more, target) == len(more)
+    assert target.right(more)
+    await tier.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("days", [-1, 1])
+async def test_a_clock_that_is_moved_by_a_day(
+    tmp_path: Path, name: str, days: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is used, and before a restart: what is there stays, and there is room for what is new."""
+    await filled(name, tmp_path)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + days * 86400)
+    tier = make(name, tmp_path, MiB)
+    await tier.open()
+    assert await survey(tier) == len(MANY)
+    for first in range(100, 300, 20):
+        some = keys(*range(first, first + 20))
+        assert await tier.put(some, Given(some)) == len(some)
+        usage = tier.usage()
+        assert usage.used <= usage.capacity
+    target = Taken()
+    assert await tier.get(some, target) == len(some), "the newest are there"
+    assert target.right(some)
+    await tier.close()
+
+
+async def test_two_nodes_that_evict_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find the directory too full at once, over and over; each file goes once, and nobody minds."""
+    monkeypatch.setattr(directory, "_SCAN_SECONDS", 0.0)
+    nodes = [make("dir", tmp_path, 30 * 8192) for _ in range(2)]
+    for node in nodes:
+        await node.open()
+
+    async def use(node: Tier, first: int) -> None:
+        some = keys(*range(first, first + 10))
+        assert await node.put(some, Given(some)) > 0
+        target = Taken()
+        await node.get(some, target)
+        assert target.right(some)
+
+    for turn in range(8):
+        await asyncio.gather(*(use(node, 100 * turn + 5 * index) for index, node in enumerate(nodes)))
+        assert len(list(tmp_path.glob("*/??/*"))) <= 30 + 10, "at most what the other was writing"
+    for node in nodes:
+        assert node.usage().damaged == 0
+        assert node.usage().evictions > 0
+        await node.close()
+    assert not list(tmp_path.glob("*/tmp/*"))
 
 
 # -- damaged files ---------------------------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ class _Folder:
         first = len(self._places)
         self._segments.append(segment)
         self._places += [(segment, slot) for slot in range(segment.slots)]
+        self.slot_bytes = self._used() // len(self._places)  # those of an earlier start may have had another budget
         return first
 
     def _used(self) -> int:
