@@ -48,6 +48,7 @@ from twostroke.store.frames import (
     Proof,
     Put,
     Refused,
+    Request,
     Wanted,
     block_head,
     check_proof,
@@ -303,7 +304,7 @@ class Server:
                 raise TierFailed("this connection is for no layout")
             _send(wire, Outcome(self._call(self._manage(request.manage), MANAGE_SECONDS)))
 
-    def _answer(self, wire: Wire, shop: Shop, inbox: "_Inbox", request: Has | Get | Put | Offer | Borrow | Ask) -> None:
+    def _answer(self, wire: Wire, shop: Shop, inbox: "_Inbox", request: Request) -> None:
         match request:
             case Has(keys):
                 _send(wire, Mask(bytes(self._call(shop.has(split(keys))))))
@@ -327,6 +328,8 @@ class Server:
                 self._lend(wire, shop, split(keys), host)
             case Ask():
                 _send(wire, Answer(self._call(_reports(shop))))
+            case Order():
+                raise TierFailed("this connection is for blocks of one layout")
 
     def _lend(self, wire: Wire, shop: Shop, keys: Sequence[BlockKey], host: str) -> None:
         loan = self._call(shop.lend(keys, host))
