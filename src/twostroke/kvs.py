@@ -66,7 +66,7 @@ def running(where: str) -> Running | None:
 def stats(where: str) -> int:
     """Blocks and bytes of each layout."""
     if there := running(where):
-        table = Table(_WHOLE, "tier", "blocks", "pinned", "MiB in use", "MiB at most", "hits", "state", box=None)
+        table = Table(_WHOLE, "tier", "blocks", "pinned", "MiB", "at most", "hits", "out of service", box=None)
         for one in there.do(Manage("stats")):
             report = one.report
             table.add_row(
@@ -77,10 +77,10 @@ def stats(where: str) -> int:
                 _mib(report.used),
                 _mib(report.capacity) if report.capacity else "",
                 f"{report.hits:,}",
-                "in service" if report.in_service else report.reason,
+                report.reason,
             )
     else:
-        table = Table(_WHOLE, "tier", "blocks", "pinned", "MiB in use", "MiB of files", "youngest", "oldest", "in use")
+        table = Table(_WHOLE, "tier", "blocks", "pinned", "MiB", "files", "youngest", "oldest", "used")
         table.box = None
         for folder in inspection.folders(Path(where)):
             _count(table, folder)
