@@ -224,14 +224,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--only", choices=sections)
+    parser.add_argument("--threads", type=int, default=0, help="of a worker; all cores if it is not given")
     options = parser.parse_args()
     for section in sections if options.only is None else [options.only]:
         with tempfile.TemporaryDirectory(dir=options.path) as path:
-            rows, settings = run(section, Path(path), options.repeats)
+            rows, settings = run(section, Path(path), options.repeats, options.threads)
         report("store", rows, section, **settings)
 
 
-def run(section: str, path: Path, repeats: int) -> tuple[list[Row], dict[str, object]]:
+def run(section: str, path: Path, repeats: int, threads: int) -> tuple[list[Row], dict[str, object]]:
     """Its rows, and what they were measured with."""
     settings: dict[str, object]
     match section:
@@ -241,10 +242,10 @@ def run(section: str, path: Path, repeats: int) -> tuple[list[Row], dict[str, ob
         case "service":
             return asyncio.run(store_service.measure(repeats)), {"repeats": repeats}
         case "ttft":
-            rows = asyncio.run(store_serving.ttft(path, repeats))
+            rows = asyncio.run(store_serving.ttft(path, repeats, threads))
             settings = {"repeats": 2 * repeats, "computed": 2, "prompt_tokens": store_serving.PROMPT}
         case "chat":
-            rows = asyncio.run(store_serving.chat(path))
+            rows = asyncio.run(store_serving.chat(path, threads))
             settings = {
                 "users": store_serving.USERS,
                 "turns": store_serving.TURNS,
@@ -255,7 +256,7 @@ def run(section: str, path: Path, repeats: int) -> tuple[list[Row], dict[str, ob
                 "pool_tokens": store_serving.CHAT_POOL,
             }
         case "decode":
-            rows = asyncio.run(store_serving.decode(path, repeats))
+            rows = asyncio.run(store_serving.decode(path, repeats, threads))
             settings = {
                 "repeats": repeats,
                 "decodes": store_serving.DECODES,
@@ -265,7 +266,7 @@ def run(section: str, path: Path, repeats: int) -> tuple[list[Row], dict[str, ob
             }
         case _:
             return eviction(), {}
-    return rows, {**settings, "dtype": store_serving.DTYPE}
+    return rows, {**settings, "dtype": store_serving.DTYPE, "threads": threads or os.cpu_count()}
 
 
 if __name__ == "__main__":

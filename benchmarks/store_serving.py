@@ -1,4 +1,4 @@
-"""What the store saves or costs a request, end to end: one worker with the built-in model, real HTTP, all cores.
+"""What the store saves or costs a request, end to end: one worker with the built-in model, real HTTP.
 
 - ``ttft``: time to first token of a long prompt that is in a tier, against computing it on the same worker
 - ``chat``: conversations that the pool cannot hold, with each list of tiers, against none
@@ -26,8 +26,8 @@ DTYPE = "float32" if machine()["bf16"] == "none" else "bfloat16"
 TOKEN_BYTES = 23_040 * (2 if DTYPE == "float32" else 1)  # of the built-in model's KV
 PROMPT = 4000  # tokens
 USERS, TURNS, AT_ONCE = 20, 8, 4
-OPENING, QUESTION, ANSWER = 48, 24, 8  # tokens: what a conversation starts with, and what each turn adds
-CHAT_POOL = 1600  # tokens, of up to 20 · 304
+OPENING, QUESTION, ANSWER = 32, 16, 8  # tokens: what a conversation starts with, and what each turn adds
+CHAT_POOL = 1200  # tokens, of up to 20 · 224
 DECODES, STEPS = 2, 48  # running at once, and tokens of each
 BACKGROUND, EVERY = 192, 1.0  # tokens of a prompt that comes every so many seconds meanwhile
 Json = Any
@@ -63,9 +63,9 @@ async def generate(http: aiohttp.ClientSession, url: str, prompt: Sequence[int],
 
 
 @contextmanager
-def worker(store: str, pool: int) -> Iterator[str]:
+def worker(store: str, pool: int, threads: int) -> Iterator[str]:
     """The URL of a worker with these tiers ("" for none; "service" for a service of its own) and a pool of so many
-    tokens.
+    tokens. ``threads``: 0 for all cores.
     """
     with ExitStack() as stack:
         if store.startswith("service"):
@@ -76,6 +76,7 @@ def worker(store: str, pool: int) -> Iterator[str]:
         port = free_port()
         memory = (pool // 16 + 1) * 16 * TOKEN_BYTES
         command = ["twostroke", "serve", "--port", str(port), "--dtype", DTYPE, "--kv-memory", str(memory)]
+        command += ["--threads", str(threads)] if threads else []
         url = f"http://127.0.0.1:{port}"
         stack.enter_context(running([*command, *(["--store", store] if store else [])], f"{url}/ready"))
         yield url
@@ -89,14 +90,14 @@ async def client(url: str) -> AsyncIterator[aiohttp.ClientSession]:
         yield http
 
 
-async def ttft(path: Path, repeats: int) -> list[Row]:
+async def ttft(path: Path, repeats: int, threads: int) -> list[Row]:
     """In turn: new prompts are computed; old ones, which the pool has lost since, are loaded."""
     rows = []
     for store, goal in (("host:2GiB", 0.10), ("service:2GiB", 0.15), (f"disk:{path}/ttft:2GiB", 0.20)):
         rng = random.Random(store)
         prompts = [random_prompt(rng, PROMPT) for _ in range(2)]
         fresh, loaded = [], []
-        with worker(store, PROMPT + PROMPT // 8) as url:  # room for one of them: each leaves when the other comes
+        with worker(store, PROMPT + PROMPT // 8, threads) as url:  # room for one of them
             async with client(url) as http:
                 for prompt in prompts:
                     fresh.append(1e3 * (await generate(http, url, prompt, 1)).ttft)
@@ -115,11 +116,11 @@ class Conversations(NamedTuple):
     rate: float  # output tokens a second
 
 
-async def converse(store: str) -> Conversations:
+async def converse(store: str, threads: int) -> Conversations:
     """Every user's first turn, then every user's second one, and so on, some of them at once."""
     histories = [random_prompt(random.Random(user), OPENING) for user in range(USERS)]
     ttfts: list[float] = []
-    with worker(store, CHAT_POOL) as url:
+    with worker(store, CHAT_POOL, threads) as url:
         async with client(url) as http:
             left = iter([(user, turn) for turn in range(TURNS) for user in range(USERS)])
 
@@ -136,11 +137,11 @@ async def converse(store: str) -> Conversations:
             return Conversations(ttfts, USERS * TURNS * ANSWER / (time.perf_counter() - start))
 
 
-async def chat(path: Path) -> list[Row]:
+async def chat(path: Path, threads: int) -> list[Row]:
     """Each list once, in turn; none first and last, since the machine may have changed meanwhile."""
     disk = f"disk:{path}/chat"
     stores = ["", "host:1GiB", f"{disk}:1GiB", f"host:128MiB,{disk}-below:1GiB", "service:1GiB", ""]
-    found = [(store, await converse(store)) for store in stores]
+    found = [(store, await converse(store, threads)) for store in stores]
     without = [one for store, one in found if not store]
     rows = []
     for store, one in found[1:-1]:
@@ -171,12 +172,12 @@ async def load(http: aiohttp.ClientSession, url: str, rng: random.Random) -> flo
     return 1e3 * statistics.mean([(await task).tpot for task in running_])
 
 
-async def decode(path: Path, repeats: int) -> list[Row]:
+async def decode(path: Path, repeats: int, threads: int) -> list[Row]:
     """All workers are there at once, and take turns."""
     stores = {"none": "", "host": "host:1GiB", "disk": f"disk:{path}/decode:1GiB", "service": "service:1GiB"}
     found: dict[str, list[float]] = {name: [] for name in stores}
     with ExitStack() as stack:
-        urls = {name: stack.enter_context(worker(store, 2000)) for name, store in stores.items()}
+        urls = {name: stack.enter_context(worker(store, 2000, threads)) for name, store in stores.items()}
         for url in urls.values():
             async with client(url):
                 pass
