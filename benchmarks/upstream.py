@@ -1,9 +1,9 @@
 """A worker without a model, for measuring routers alone: answers at once with canned tokens.
 
 Written on bare sockets, so that as little as possible of what is measured is its own time. The body of a request is
-JSON: ``max_tokens``; ``stream``; ``gap``, seconds between the tokens of a stream, 0 is one turn of the loop.
+JSON: ``max_tokens``; ``stream``; ``gap``, seconds before each token of a stream, 0 is one turn of the loop.
 
-    python -m benchmarks.upstream PORT
+    python -m benchmarks.upstream PORT [GAP]
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Ask(Struct):
 
     max_tokens: int = 1
     stream: bool = False
-    gap: float = 0.0
+    gap: float | None = None  # None: as the command line says
 
 
 _ask = msgspec.json.Decoder(Ask)
@@ -49,8 +49,9 @@ def _chunk(data: bytes) -> bytes:
 class Upstream(asyncio.Protocol):
     """One connection; requests come one after the other."""
 
-    def __init__(self, info: bytes) -> None:
+    def __init__(self, info: bytes, gap: float) -> None:
         self._info = info
+        self._gap = gap
         self._buffer = b""
         self._transport: asyncio.Transport
         self._streaming: asyncio.Task[None] | None = None
@@ -85,15 +86,16 @@ class Upstream(asyncio.Protocol):
     async def _stream(self, ask: Ask, *, journaled: bool) -> None:
         """Each token is a write of its own; with a journal when the router asks for it."""
         self._transport.write(_STREAM + (f"{JOURNAL_HEADER}: 1\r\n\r\n".encode() if journaled else b"\r\n"))
+        gap = self._gap if ask.gap is None else ask.gap
         for token in range(ask.max_tokens):
+            await asyncio.sleep(gap)  # a token is a turn of the loop, as it is with a model
             line = b":%d [[0,[%d],null,0]]\n" % (len(TOKEN), token) if journaled else b""
             self._transport.write(_chunk(line + TOKEN))
-            await asyncio.sleep(ask.gap)  # a token is a turn of the loop, as it is with a model
         end = b":%d \n" % len(DONE) if journaled else b""
         self._transport.write(_chunk(end + DONE) + b"0\r\n\r\n")
 
 
-async def main(port: int) -> None:
+async def main(port: int, gap: float) -> None:
     """Serve until a signal."""
     info = encode(
         WorkerInfo(
@@ -102,11 +104,11 @@ async def main(port: int) -> None:
             slots=Slots(total=0, free=0, cached=0, leased=0), running=0, waiting=0, queued_tokens=0, threads=1,
         )
     )  # fmt: skip
-    server = await asyncio.get_running_loop().create_server(lambda: Upstream(info), sock=bind("127.0.0.1", port))
+    server = await asyncio.get_running_loop().create_server(lambda: Upstream(info, gap), sock=bind("127.0.0.1", port))
     async with server:
         await server.serve_forever()
 
 
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
-        uvloop.run(main(int(sys.argv[1])))
+        uvloop.run(main(int(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 0.0))

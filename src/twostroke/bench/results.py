@@ -239,11 +239,11 @@ def write(path: Path, data: bytes) -> None:
 
 
 def jsonable(value: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Floats to a nanosecond: more digits are noise, and fill disks. Infinity, which JSON lacks, as "inf", which is
+    """Floats to a microsecond: more digits are noise, and fill disks. Infinity, which JSON lacks, as "inf", which is
     also how ``vllm bench`` writes it; whoever reads must not be strict.
     """
     if isinstance(value, float):
-        return "inf" if math.isinf(value) else round(value, 9)
+        return "inf" if math.isinf(value) else round(value, 6)
     if isinstance(value, dict):
         return {name: jsonable(one) for name, one in value.items()}
     return [jsonable(one) for one in value] if isinstance(value, list | tuple) else value
