@@ -5,18 +5,19 @@ What a process needs is imported when its verb is chosen, so that ``--help`` and
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from twostroke import __version__, config
 from twostroke.bench.commands import app as bench
-from twostroke.config import EngineConfig, LoadFormat, RouterConfig, UpConfig, WorkerConfig, parse_size
+from twostroke.config import RouterConfig, UpConfig, WorkerConfig, parse_size
 from twostroke.errors import StartupError
 from twostroke.messages import Role
+from twostroke.options import DEFAULT_OPTIONS, EngineOptions
+from twostroke.router.commands import app as workers
 
 EXIT_USAGE = 2
 
@@ -28,80 +29,11 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 app.command(bench)
-
-workers = App(name="workers", help="See the workers of a running router, drain them, change their roles.")
 app.command(workers)
 
 Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
-RouterUrl = Annotated[str, Parameter(help="The router.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 ApiKeys = Annotated[tuple[str, ...], Parameter(name="--api-key", help="Key that clients may use; again for more.")]
 ParentPid = Annotated[int | None, Parameter(show=False)]
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Options of the engine, the same for one worker and for all workers of ``up``."""
-
-    device: str = "auto"
-    "cpu, cuda or cuda:1; auto prefers a GPU."
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    "Numbers that weights and KV cache are made of."
-    load_format: LoadFormat = "auto"
-    "dummy makes random weights from config.json alone."
-    max_model_len: int | None = None
-    "Longest prompt + answer, in tokens. [default: as much as fits]"
-    gpu_memory_utilization: float = 0.9
-    "Share of a GPU's memory that workers may take."
-    kv_memory: str | None = None
-    "Size of a worker's KV cache. [default: 1GiB; on a GPU the rest]"
-    block_size: int = 16
-    "Tokens in one KV block."
-    chunk_size: int | None = None
-    "Most tokens in one engine step. [default: 512; on a GPU 8192]"
-    max_batch: int = 256
-    "Most sequences in one engine step."
-    threads: int | None = None
-    "CPU threads of each worker. [default: all; up divides them]"
-    store: str | None = None
-    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
-    tenant_quota: str | None = None
-    "Bytes that one cache_salt (or API key) may have in each tier."
-
-    def config(self) -> EngineConfig:
-        """The engine's configuration.
-
-        Raises:
-            StartupError: a number is out of range.
-        """
-        for name in ("block_size", "chunk_size", "max_batch", "max_model_len", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise StartupError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise StartupError(
-                f"--gpu-memory-utilization is a share, above 0 up to 1, not {self.gpu_memory_utilization}"
-            )
-        return EngineConfig(
-            device=config.check_device(self.device),
-            dtype=self.dtype,
-            load_format=self.load_format,
-            block_tokens=self.block_size,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            kv_memory=parse_size(self.kv_memory) if self.kv_memory is not None else None,
-            max_model_len=self.max_model_len,
-            max_batch=self.max_batch,
-            token_budget=self.chunk_size,
-            threads=self.threads or 0,
-        )
-
-    def quota(self) -> int | None:
-        """Bytes of ``tenant_quota``. ``StartupError``."""
-        return None if self.tenant_quota is None else parse_size(self.tenant_quota)
-
-
-DEFAULT_OPTIONS = EngineOptions()
 
 
 @app.command
@@ -348,50 +280,6 @@ def router(
     from twostroke.router.router import run
 
     return run(settings)
-
-
-@workers.command(name="list")
-def list_workers(*, url: RouterUrl = DEFAULT_URL) -> int:
-    """Show who is there, in which role and state."""
-    from twostroke.operate import Operator
-
-    return Operator(url).show()
-
-
-@workers.command
-def drain(worker: str, /, *, url: RouterUrl = DEFAULT_URL, seconds: float | None = None) -> int:
-    """Let a worker finish what it has and leave.
-
-    Parameters
-    ----------
-    worker
-        Its id or URL.
-    url
-        The router.
-    seconds
-        Leave then, whatever is still going on. [default: the worker's --drain-timeout]
-    """
-    from twostroke.operate import Operator
-
-    return Operator(url).drain(worker, seconds)
-
-
-@workers.command(name="role")
-def assign(worker: str, role: Role, /, *, url: RouterUrl = DEFAULT_URL) -> int:
-    """Use a worker for something else from now on. It keeps its cache, and the requests that it has.
-
-    Parameters
-    ----------
-    worker
-        Its id or URL.
-    role
-        What for.
-    url
-        The router.
-    """
-    from twostroke.operate import Operator
-
-    return Operator(url).assign(worker, role)
 
 
 @app.command
