@@ -97,7 +97,7 @@ class Result(Struct):
         """Share of all requests that met the goal; failed ones did not."""
         if self.request_goodput is None:
             return None
-        return round(self.request_goodput * self.duration / max(1, self.completed + self.failed), 6)
+        return round(self.request_goodput * self.duration) / max(1, self.completed + self.failed)
 
 
 def meets(record: Record, goal: Mapping[str, float]) -> bool:
