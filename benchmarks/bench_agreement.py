@@ -47,6 +47,7 @@ SERVERS = {
     "model": ["twostroke", "serve", "--dtype", "float32", "--port", "{port}"],
     "paced": ["benchmarks.upstream", "{port}", "0.2"],
 }
+PEER = "vllm bench serve"
 FIGURES = {
     "median_ttft_ms": ("TTFT, median", "ms"),
     "mean_ttft_ms": ("TTFT, mean", "ms"),
@@ -158,12 +159,12 @@ def main(repeats: int, targets: Sequence[str]) -> None:
     rows, runs = [], {}
     for target in targets:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measure(python, SERVERS[target], model, repeats, Path(scratch) / target)
+            own, other = measure(python, SERVERS[target], model, repeats, Path(scratch) / target)
         rows += [
-            row(f"{target}: {what}", unit, *([r[key] for r in some] for some in found), "vllm bench serve", "1 ± 0.05")
+            row(f"{target}: {what}", unit, [r[key] for r in own], [r[key] for r in other], PEER, "1 ± 0.05")
             for key, (what, unit) in FIGURES.items()
         ]
-        runs[target] = [[{key: one[key] for key in FIGURES} for one in some] for some in found]
+        runs[target] = [[{key: one[key] for key in FIGURES} for one in some] for some in (own, other)]
     write_report(
         "agreement", rows, repeats=repeats, input=INPUT, output=OUTPUT, prompts=PROMPTS, rate=RATE,
         burstiness=BURSTINESS, seed=SEED, vllm=REQUIREMENTS.read_text().split()[0], runs_ours_theirs=runs,
