@@ -53,6 +53,15 @@ def test_a_server_that_does_not_answer_leaves_a_gap() -> None:
     )
 
 
+async def in_pieces(send: Send, body: bytes) -> None:
+    """As a long answer arrives."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for start in range(0, len(body), 1000):
+        await send({"type": "http.response.body", "body": body[start : start + 1000], "more_body": True})
+        await asyncio.sleep(0.001)
+    await send({"type": "http.response.body", "body": b""})
+
+
 class Front:
     """A router of two workers, of which one has no metrics; or, without workers, a server of its own."""
 
@@ -71,7 +80,7 @@ class Front:
             self.scrapes += 1
             if self.scrapes == 6:
                 self.enough.set()
-            await reply(send, ours().encode())
+            await in_pieces(send, ours().encode())
         elif path == "/broken/metrics":
             await reply(send, b"twostroke_num_requests_running many\n")
         else:
@@ -94,6 +103,17 @@ async def test_every_worker_is_looked_at(routes: bool, name: str, monkeypatch: p
     assert len(watched.times) == len(watched.values[name]["waiting"]) <= 4
     assert watched.times == sorted(watched.times)
     assert "link shm" not in watched.values[name], "it did not move"
+
+
+async def test_an_endless_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_MAX_BYTES", 2000)
+    front, stop, sock = Front(routes=False), asyncio.Event(), bind("127.0.0.1", 0)
+    task = asyncio.create_task(serve(front, sock, shutdown_seconds=0, stop=stop))
+    async with watching(f"http://127.0.0.1:{sock.getsockname()[1]}") as watched:
+        pass
+    stop.set()
+    await task
+    assert (front.scrapes > 0, watched.values) == (True, {})
 
 
 async def test_nobody_is_there() -> None:

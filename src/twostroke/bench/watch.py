@@ -125,10 +125,10 @@ async def _servers(session: aiohttp.ClientSession, url: str) -> dict[str, str]:
         id: str
         url: str
 
-    with suppress(aiohttp.ClientError, OSError, TimeoutError, msgspec.MsgspecError):
+    with suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):  # a DecodeError is one, too
         async with session.get(f"{url}/workers") as reply:
             if reply.status == 200:
-                workers = msgspec.json.decode(await reply.content.read(_MAX_BYTES), type=list[Listed])
+                workers = msgspec.json.decode(await _body(reply), type=list[Listed])
                 return {worker.id: worker.url for worker in workers}
     return {"server": url}
 
@@ -138,5 +138,19 @@ async def _scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
     with suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
         async with session.get(f"{url}/metrics") as reply:
             if reply.status == 200:
-                return read_metrics((await reply.content.read(_MAX_BYTES)).decode())
+                return read_metrics((await _body(reply)).decode())
     return {}
+
+
+async def _body(reply: aiohttp.ClientResponse) -> bytes:
+    """All of it, which may come in pieces.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    body = bytearray()
+    async for piece in reply.content.iter_any():
+        body += piece
+        if len(body) > _MAX_BYTES:
+            raise ValueError("too long")
+    return bytes(body)
