@@ -377,6 +377,7 @@ class WorkerInfo(Struct, frozen=True):
     device: str = "cpu"  # as torch names it, such as "cuda:0"
     dtype: str = ""  # of the KV cache; empty while starting
     block_tokens: int = 0  # of the layout; 0 while starting
+    assigned: Role | None = None  # what this process was told to be used for, by a call; routers come and go
     protocol: int = PROTOCOL
 
 
@@ -404,7 +405,7 @@ class Drain(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Assign(Struct, frozen=True, forbid_unknown_fields=True):
-    """To a router: use a worker for this from now on."""
+    """To a router: use a worker for this from now on; it tells the worker, which remembers it for all routers."""
 
     role: Role
 

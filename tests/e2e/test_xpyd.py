@@ -186,7 +186,8 @@ async def test_workers_come_and_go_under_traffic(tmp_path: Path, model: Path) ->
             await running.ready(session, "p0")
             assert await ask(session, running.router_url, 20) == whole[:20]  # whoever is left serves
 
-            # The router is killed: its worker drops what it did, and a new router knows it again.
+            # The router is killed: its worker drops what it did, and a new router knows it again, in the role it has.
+            assert await running.operate("role", "p0", "both") == 0
             begun.clear()
             answer = asyncio.create_task(stream(session, running.router_url, begun))
             await begun.wait()
@@ -203,4 +204,5 @@ async def test_workers_come_and_go_under_traffic(tmp_path: Path, model: Path) ->
             await until(idle)
             running.router()
             await running.ready(session, "p0")
+            assert (await running.workers(session))["p0"]["role"] == "colocated"
             assert await ask(session, running.router_url, 20) == whole[:20]

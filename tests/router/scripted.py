@@ -12,7 +12,17 @@ from starlette.types import Receive, Scope, Send
 from twostroke.api.http import reply
 from twostroke.api.server import Timeline, bind, serve
 from twostroke.config import RouterConfig
-from twostroke.messages import SECRET_HEADER, TICKET_HEADER, Drain, Slots, Ticket, TimelineEvent, WorkerInfo, encode
+from twostroke.messages import (
+    SECRET_HEADER,
+    TICKET_HEADER,
+    Assign,
+    Drain,
+    Slots,
+    Ticket,
+    TimelineEvent,
+    WorkerInfo,
+    encode,
+)
 from twostroke.router.router import Router
 
 STREAM = [(b"content-type", b"text/event-stream")]
@@ -122,6 +132,10 @@ class ScriptedWorker:
             await self._info(headers, send)
         elif path == "/internal/drain":
             self.drained = msgspec.json.decode(await _body(receive), type=Drain)
+            await reply(send, encode(self.info))
+        elif path == "/internal/role":
+            role = msgspec.json.decode(await _body(receive), type=Assign).role
+            self.info = structs.replace(self.info, assigned=role)
             await reply(send, encode(self.info))
         elif path.startswith("/debug/requests/"):
             event = TimelineEvent("prefill_started", self.info.id, 1.0)

@@ -297,12 +297,54 @@ async def test_what_an_operator_said_holds_until_the_worker_says_something_new()
         await tell(running, "/workers/new/role", Assign("both"))
         await tell(running, "/internal/join", join(worker, "decode"))
         assert (await reports(running))["new"].role == "colocated"
-        worker.info = structs.replace(worker.info, instance="second")
+        worker.info = structs.replace(worker.info, instance="second", assigned=None)
         await tell(running, "/internal/join", join(worker, "decode"))
         assert (await reports(running))["new"].role == "colocated"
         await tell(running, "/internal/join", join(worker, "prefill"))
         assert (await reports(running))["new"].role == "prefill"
         await worker.stop()
+
+
+async def test_a_worker_remembers_its_role_for_a_router_that_does_not_know_it() -> None:
+    """Also for one that was told otherwise when it was started; unless it would not fit."""
+    async with system(1, 2) as running:
+        _, d, misfit = running.workers
+        d.info = structs.replace(d.info, assigned="prefill")
+        misfit.info = structs.replace(misfit.info, assigned="both")
+        worker = await newcomer(running)
+        worker.info = structs.replace(worker.info, assigned="both")
+        await tell(running, "/internal/join", join(worker, "decode"))
+        await running.look()
+        roles = {name: report.role for name, report in (await reports(running)).items()}
+        assert roles == {"p-0": "prefill", "d-0": "prefill", "d-1": "colocated", "new": "colocated"}
+        await tell(running, "/internal/join", join(worker, "decode"))
+        assert (await reports(running))["new"].role == "colocated"  # it says nothing new
+        d.info = structs.replace(d.info, dtype="bfloat16", fingerprint="g", assigned="both")
+        await running.look()
+        d.info = structs.replace(d.info, assigned="decode")
+        await running.look()
+        assert (await reports(running))["d-0"].role == "colocated"
+        await worker.stop()
+
+
+async def test_a_heartbeat_that_was_asked_before_a_role_changed_does_not_change_it_back() -> None:
+    async with system(1, 2) as running:
+        d = running.workers[1]
+        await tell(running, "/workers/d-0/role", Assign("prefill"))
+        before, d.info_delay = d.info, 0.1
+        looking = asyncio.create_task(running.look())
+        await asyncio.sleep(0.02)
+        assert (await tell(running, "/workers/d-0/role", Assign("decode")))[0] == 200
+        d.info = before
+        await looking
+        assert running.router.registry.workers[1].pool == "decode"
+
+
+async def test_a_role_of_a_worker_that_cannot_be_told_does_not_change() -> None:
+    async with system(1, 2) as running:
+        await running.workers[1].stop()
+        assert (await tell(running, "/workers/d-0/role", Assign("prefill")))[0] == 502
+        assert running.router.registry.workers[1].pool == "decode"
 
 
 # -- the command line ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from starlette.routing import Router
 from starlette.types import Message
 
 from twostroke.api.server import Boundary
-from twostroke.messages import Attach, Confirm, Manage, Managed, WorkerInfo, encode
+from twostroke.messages import Attach, Confirm, Manage, Managed, Role, WorkerInfo, encode
 from twostroke.worker.internal import internal_routes
 
 ATTACH, CONFIRM = "/internal/handover/attach", "/internal/handover/confirm"
@@ -41,6 +41,9 @@ class Starting:
         raise AssertionError("nobody asks")
 
     def drain(self, seconds: float | None = None) -> None:
+        raise AssertionError("nobody asks")
+
+    def assign(self, role: Role) -> None:
         raise AssertionError("nobody asks")
 
 

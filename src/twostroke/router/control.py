@@ -12,7 +12,7 @@ from starlette.routing import Route
 from twostroke.api.http import read_body
 from twostroke.errors import BadRequest, Unauthorized
 from twostroke.messages import SECRET_HEADER, Assign, Drain, Join, Leave, decode, encode
-from twostroke.router.registry import POOLS, Registry
+from twostroke.router.registry import Registry
 from twostroke.router.worker import Worker
 
 _MAX_MESSAGE = 16 << 10  # bytes
@@ -49,7 +49,7 @@ def control_routes(registry: Registry, secret: str) -> list[Route]:
 
     async def assign(request: Request) -> Response:
         worker = registry.find(request.path_params["id"])
-        registry.assign(worker, POOLS[(await _read(request, Assign)).role])
+        await registry.assign(worker, await _read(request, Assign))
         return _report(worker)
 
     return [

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from twostroke.errors import Conflict, NotFound, Overloaded, Unauthorized, WorkerLost
-from twostroke.messages import PROTOCOL, SECRET_HEADER, Drain, Join, Leave, Role, WorkerInfo, decode, encode
+from twostroke.messages import PROTOCOL, SECRET_HEADER, Assign, Drain, Join, Leave, Role, WorkerInfo, decode, encode
 from twostroke.router.agreement import disagreement
 from twostroke.router.policy import Pool
 from twostroke.router.worker import UPSTREAM_ERRORS, Worker
@@ -88,6 +88,8 @@ class Registry:
 
     async def poll(self, url: str) -> None:
         """Ask the worker at ``url`` once, and believe its answer."""
+        asked = self.at(url)
+        before = asked.assignments if asked else 0
         try:
             info = await self._ask(url)
         except _NOT_AN_ANSWER as error:
@@ -98,6 +100,8 @@ class Registry:
                     worker.give_up()
         else:
             if worker := self.at(url):
+                if worker is asked and worker.assignments != before:  # the answer may be older than what was said since
+                    info = msgspec.structs.replace(info, assigned=None)
                 self._heard(worker, info)
 
     async def _watch(self, url: str) -> None:
@@ -136,12 +140,22 @@ class Registry:
             self.lose(worker, "there is a new process in its place")
             worker.give_up()
             worker = self._replace(worker)
+        self._take_over(worker, info)
         if worker.state not in ("ready", "draining") and (why := self._disagreement(info, worker.pool, worker.url)):
             if worker.state != "refused":
                 log.warning("refused: %s", why)
             worker.refuse(info, why)
         else:
             worker.heard(info)
+
+    def _take_over(self, worker: Worker, info: WorkerInfo) -> None:
+        """A worker knows which role it was given, perhaps by another router, or by one that this one has replaced."""
+        if info.assigned is None or (pool := POOLS[info.assigned]) == worker.pool:
+            return
+        if why := self._disagreement(info, pool, worker.url):
+            log.warning("worker %s cannot be used for %s, as it was told: %s", info.id, pool, why)
+        else:
+            worker.pool = pool
 
     def _replace(self, worker: Worker) -> Worker:
         """A record for the new process at this URL. What the router was told of the old one holds for it too."""
@@ -174,8 +188,8 @@ class Registry:
         if worker is None:
             return await self._admit(url, pool)
         if worker.announced != pool and worker.joined:
-            self.assign(worker, pool)
-            worker.announced = pool
+            self._fit(worker, pool)
+            worker.pool = worker.announced = pool
         if worker.key != message.instance or worker.state != message.state:
             await self.poll(url)
             worker = self.at(url) or worker
@@ -193,15 +207,18 @@ class Registry:
             self._forget(worker)
         worker.lose("it was drained, and left")
 
-    def assign(self, worker: Worker, pool: Pool) -> None:
-        """Use a worker for something else from now on. It notices nothing, nor do the requests that it has.
+    async def assign(self, worker: Worker, message: Assign) -> None:
+        """Use a worker for something else from now on. Its requests do not notice; it remembers, for other routers.
 
         Raises:
             Conflict: in that role it would have to exchange blocks with workers that have another layout.
+            WorkerLost: it cannot be told.
         """
-        if worker.info and (why := self._disagreement(worker.info, pool, worker.url)):
-            raise Conflict(why)
+        pool = POOLS[message.role]
+        self._fit(worker, pool)
+        await self._tell(worker, "/internal/role", message)
         worker.pool = pool
+        worker.assignments += 1
 
     async def drain(self, worker: Worker, message: Drain) -> None:
         """Have a worker finish and leave, and send it nothing more.
@@ -209,21 +226,24 @@ class Registry:
         Raises:
             WorkerLost: it cannot be told.
         """
+        await self._tell(worker, "/internal/drain", message)
+        if worker.state == "ready":
+            worker.state, worker.detail = "draining", "was told to finish and leave"
+
+    def _fit(self, worker: Worker, pool: Pool) -> None:
+        if worker.info and (why := self._disagreement(worker.info, pool, worker.url)):
+            raise Conflict(why)
+
+    async def _tell(self, worker: Worker, path: str, message: Drain | Assign) -> None:
+        url, timeout = worker.url + path, aiohttp.ClientTimeout(total=SILENCE)
         try:
-            async with self._session.post(
-                f"{worker.url}/internal/drain",
-                data=encode(message),
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=SILENCE),
-            ) as reply:
+            async with self._session.post(url, data=encode(message), headers=self._headers, timeout=timeout) as reply:
                 if reply.status == 401:
                     raise Unauthorized(f"worker {worker.id} refuses this router's cluster secret")
                 if reply.status != 200:
-                    raise WorkerLost(f"worker {worker.id} does not drain: status {reply.status}")
+                    raise WorkerLost(f"worker {worker.id} does not do as it is told: status {reply.status}")
         except UPSTREAM_ERRORS as error:
-            raise WorkerLost(f"worker {worker.id} cannot be told to drain: {_words(error)}") from error
-        if worker.state == "ready":
-            worker.state, worker.detail = "draining", "was told to finish and leave"
+            raise WorkerLost(f"worker {worker.id} cannot be told: {_words(error)}") from error
 
     async def _admit(self, url: str, pool: Pool) -> Worker:
         if len(self.workers) >= MAX_WORKERS:
@@ -232,10 +252,12 @@ class Registry:
             info = await self._ask(url)
         except _NOT_AN_ANSWER as error:
             raise WorkerLost(f"this router cannot use the worker at {url}: {_words(error)}") from error
+        announced, pool = pool, POOLS[info.assigned] if info.assigned else pool
         if why := self._disagreement(info, pool, url):
             raise Conflict(why)
         if (worker := self.at(url)) is None:  # it said so twice
             worker = Worker(url, pool, joined=True)
+            worker.announced = announced
             self.workers.append(worker)
             log.info("worker %s (%s) joined for %s", info.id, url, pool)
             worker.heard(info)

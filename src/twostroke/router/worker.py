@@ -125,6 +125,7 @@ class Worker:
         self.url = url
         self.pool: Pool = pool
         self.announced = pool  # what it said, or the router was started with
+        self.assignments = 0  # roles that it was given by way of this router
         self.joined = joined
         self.state: State = "starting"
         self.detail = "has not answered yet"

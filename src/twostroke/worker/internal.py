@@ -11,12 +11,24 @@ from starlette.types import Receive, Scope, Send
 from twostroke.api.http import header, read_body, reply, unless_gone
 from twostroke.api.server import route
 from twostroke.errors import BadRequest, Unauthorized, Unavailable
-from twostroke.messages import SECRET_HEADER, Attach, Confirm, Drain, Manage, Managed, WorkerInfo, decode, encode
+from twostroke.messages import (
+    SECRET_HEADER,
+    Assign,
+    Attach,
+    Confirm,
+    Drain,
+    Manage,
+    Managed,
+    Role,
+    WorkerInfo,
+    decode,
+    encode,
+)
 from twostroke.worker.producer import Producer
 
 _MAX_MESSAGE = 64 << 10  # bytes
 _LINES = [(b"content-type", b"application/x-ndjson")]
-Message = TypeVar("Message", Attach, Confirm, Drain, Manage)
+Message = TypeVar("Message", Attach, Confirm, Drain, Manage, Assign)
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -28,6 +40,8 @@ class Inside(Protocol):
     def drain(self, seconds: float | None = None) -> None: ...
 
     async def manage(self, order: Manage) -> Managed: ...
+
+    def assign(self, role: Role) -> None: ...
 
     @property
     def producer(self) -> Producer | None: ...
@@ -59,6 +73,10 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
     async def manage(scope: Scope, receive: Receive, send: Send) -> None:
         await reply(send, encode(await worker.manage(await _read(scope, receive, Manage))))
 
+    async def assign(scope: Scope, receive: Receive, send: Send) -> None:
+        worker.assign((await _read(scope, receive, Assign)).role)
+        await reply(send, encode(worker.info()))
+
     async def attach(scope: Scope, receive: Receive, send: Send) -> None:
         message = await _read(scope, receive, Attach)
         await unless_gone(_stream(_producer(worker), message, scope["server"][0], send), receive)
@@ -67,6 +85,7 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
         route("/internal/info", guarded(info), "GET"),
         route("/internal/drain", guarded(drain), "POST"),
         route("/internal/store", guarded(manage), "POST"),
+        route("/internal/role", guarded(assign), "POST"),
         route("/internal/handover/attach", guarded(attach), "POST"),
         route("/internal/handover/confirm", guarded(confirm), "POST"),
     ]

@@ -29,6 +29,7 @@ from twostroke.messages import (
     ModelCard,
     Output,
     Request,
+    Role,
     Sampling,
     Slots,
     Ticket,
@@ -65,6 +66,7 @@ class Worker:
         self._instance = uuid.uuid4().hex
         self._state: WorkerState = "starting"
         self._detail = "starting"
+        self._assigned: Role | None = None
         self._loaded: Loaded | None = None
         self._session: aiohttp.ClientSession | None = None
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
@@ -129,6 +131,10 @@ class Worker:
         self.leaving.set()
         if self._announcer is not None:
             self._announcer.announce()
+
+    def assign(self, role: Role) -> None:
+        """Remember what routers shall use this worker for. Nothing else changes: tickets say what to do."""
+        self._assigned = role
 
     async def drained(self) -> None:
         """Wait until nothing is left to finish, or it is time to leave anyway."""
@@ -272,6 +278,7 @@ class Worker:
             device=str(loaded.engine.model.device) if loaded else self._config.engine.device,
             dtype=loaded.engine.model.layout.dtype if loaded else "",
             block_tokens=loaded.engine.model.layout.block_tokens if loaded else 0,
+            assigned=self._assigned,
             threads=loaded.engine.model.threads if loaded else self._config.engine.threads,
         )
 
