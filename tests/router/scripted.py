@@ -98,6 +98,7 @@ class ScriptedWorker:
         self.answer: Answer = json_answer()
         self.secret = ""
         self.info_delay = 0.0
+        self.timeline_delay = 0.0
         self.info_body: bytes | None = None
         self.drained: Drain | None = None
         self.seen: list[Seen] = []
@@ -138,6 +139,7 @@ class ScriptedWorker:
             self.info = structs.replace(self.info, assigned=role)
             await reply(send, encode(self.info))
         elif path.startswith("/debug/requests/"):
+            await asyncio.sleep(self.timeline_delay)
             event = TimelineEvent("prefill_started", self.info.id, 1.0)
             await reply(send, encode(Timeline(path.rsplit("/", 1)[1], [event])))
         else:

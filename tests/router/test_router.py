@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 
+import aiohttp
 import msgspec
 import pytest
 from starlette.types import Send
@@ -12,6 +13,7 @@ from tests.router.scripted import ScriptedWorker, System, hang, json_answer, str
 from twostroke.api.keys import tenant
 from twostroke.api.server import Timeline
 from twostroke.messages import SECRET_HEADER, TENANT_HEADER, TICKET_HEADER
+from twostroke.router import router as routers
 from twostroke.router.worker import WorkerReport
 
 PATH = "/v1/completions"
@@ -346,6 +348,26 @@ async def test_timelines_of_router_and_workers_are_merged_by_time() -> None:
         ]
         routed = next(event for event in timeline.events if event.event == "routed")
         assert (routed.detail["prefill"], routed.detail["decode"]) == ("p-0", "d-0")
+
+
+async def test_a_timeline_does_not_wait_for_who_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names who could not be asked: one that is known to be lost, and one that does not answer."""
+    monkeypatch.setattr(routers, "_GLANCE", aiohttp.ClientTimeout(total=0.2))
+    async with system(1, 1, 1) as running:
+        p, d, _ = running.workers
+        await d.stop()
+        await running.look()
+        p.timeline_delay = 5.0
+        async with running.client.get("/debug/requests/traced") as reply:
+            timeline = msgspec.json.decode(await reply.read(), type=Timeline)
+        assert [event.worker for event in timeline.events] == ["c-0"]
+        assert set(timeline.missing) == {"p-0", "d-0"}
+        assert timeline.missing["d-0"].startswith("is lost: ")
+        await running.workers[2].stop()
+        await running.look()
+        async with running.client.get("/debug/requests/traced") as reply:
+            assert reply.status == 404
+            assert "p-0 does not answer" in await reply.text()
 
 
 async def test_model_questions_go_to_a_worker_and_aborts_to_all() -> None:

@@ -195,6 +195,7 @@ class Timeline(Struct, frozen=True):
 
     id: str
     events: list[TimelineEvent]
+    missing: dict[str, str] = {}  # workers that could not be asked, and why; only a router asks
 
 
 class _Api:

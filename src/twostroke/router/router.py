@@ -45,6 +45,7 @@ RELAYED_PATHS = (
 _ROOM_SECONDS = 0.25  # between tries of who waits for room: requests of others end unseen
 _KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
 _ASK = aiohttp.ClientTimeout(total=5.0)  # a worker that only has to look something up
+_GLANCE = aiohttp.ClientTimeout(total=1.0)  # a person waits, and the others' answers are good without this one's
 _GENERATE = aiohttp.ClientTimeout(total=30.0)  # /health_generate waits for a token
 _JSON = "application/json"
 
@@ -128,21 +129,32 @@ class Router:
         return Response(self._lifecycle.metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _timeline(self, request: Request) -> Response:
-        """What the router and all workers remember of a request, by time."""
+        """What the router and all workers remember of a request, by time; and who could not be asked."""
         id_: str = request.path_params["id"]
-        answers = await asyncio.gather(*(self._timeline_of(worker, id_) for worker in self.registry.workers))
-        events = [*self._lifecycle.timeline(id_), *(event for answer in answers for event in answer)]
+        workers = self.registry.workers
+        answers = await asyncio.gather(*(self._timeline_of(worker, id_) for worker in workers))
+        events = [*self._lifecycle.timeline(id_), *(event for answer in answers if answer for event in answer)]
+        missing = {
+            worker.id: f"is {worker.state}: {worker.detail}" if worker.state == "lost" else "does not answer"
+            for worker, answer in zip(workers, answers, strict=True)
+            if answer is None
+        }
         if not events:
-            raise NotFound(f"no request {id_!r} is remembered")
-        return _json(Timeline(id_, sorted(events, key=lambda event: event.time)))
+            whom = "; ".join(f"{worker} {why}" for worker, why in missing.items())
+            raise NotFound(
+                f"no request {id_!r} is remembered" + (f", as far as could be asked: {whom}" if whom else "")
+            )
+        return _json(Timeline(id_, sorted(events, key=lambda event: event.time), missing))
 
-    async def _timeline_of(self, worker: Worker, id_: str) -> Sequence[TimelineEvent]:
-        """Empty if the worker does not know the request, or is not there: the rest is still worth seeing."""
+    async def _timeline_of(self, worker: Worker, id_: str) -> Sequence[TimelineEvent] | None:
+        """Empty if the worker does not know the request, None if it does not say: the rest is still worth seeing."""
+        if worker.state == "lost":
+            return None
         try:
-            reply = await self._ask(worker, "GET", f"/debug/requests/{id_}")
+            reply = await self._ask(worker, "GET", f"/debug/requests/{id_}", limit=_GLANCE)
             return msgspec.json.decode(reply.body, type=Timeline).events if reply.status_code == 200 else ()
         except (WorkerLost, ValueError, RecursionError):
-            return ()
+            return None
 
     def _gauges(self) -> Gauges:
         waiting = self._relay.backlog.waiting
@@ -154,7 +166,9 @@ class Router:
         """What every worker answers alike: ask the first that is ready."""
         for worker in self.registry.workers:
             if worker.ready:
-                return await self._ask(worker, "GET", request.url.path, key=request.headers.get("authorization"))
+                path, key = request.url.path, request.headers.get("authorization")
+                limit = _GENERATE if path == "/health_generate" else _ASK
+                return await self._ask(worker, "GET", path, limit=limit, key=key)
         raise Unavailable("no worker is ready")
 
     async def _abort(self, request: Request) -> Response:
@@ -170,14 +184,19 @@ class Router:
         return min(replies, key=lambda reply: reply.status_code)
 
     async def _ask(
-        self, worker: Worker, method: str, path: str, body: bytes | None = None, key: str | None = None
+        self,
+        worker: Worker,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        limit: aiohttp.ClientTimeout = _ASK,
+        key: str | None = None,
     ) -> Response:
         """What a worker says. ``key``: the client's, which the worker may want to see as we did."""
-        timeout = _GENERATE if path == "/health_generate" else _ASK
         headers = {**self._secret, "content-type": _JSON, **({"authorization": key} if key else {})}
         try:
             async with self._session.request(
-                method, worker.url + path, data=body, headers=headers, timeout=timeout
+                method, worker.url + path, data=body, headers=headers, timeout=limit
             ) as reply:
                 return Response(await reply.read(), reply.status, media_type=reply.headers.get("content-type", _JSON))
         except (aiohttp.ClientError, OSError) as error:
