@@ -429,6 +429,13 @@ def child_environment(secret: str, keys: Sequence[str] = ()) -> dict[str, str]:
     return {**os.environ, **shared}
 
 
+def runtime_dir() -> Path:
+    """Where running systems leave word for the same user's other commands."""
+    if own := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(own) / "twostroke"
+    return cache_dir() / "run"
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: ``TWOSTROKE_CACHE``, else the user's cache directory."""
     if own := os.environ.get("TWOSTROKE_CACHE"):

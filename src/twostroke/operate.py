@@ -11,6 +11,7 @@ from rich.table import Table
 
 from twostroke.config import check_urls, cluster_secret
 from twostroke.errors import StartupError
+from twostroke.lent import secret_of
 from twostroke.messages import SECRET_HEADER, Assign, Drain, Role, encode
 from twostroke.router.worker import WorkerReport
 
@@ -60,7 +61,7 @@ def ask(url: str, path: str, message: bytes | None, *, who: str, seconds: float 
     Raises:
         StartupError: in its own words, it refuses; or nobody answers.
     """
-    secret = cluster_secret()
+    secret = cluster_secret() or secret_of(url)
     headers = {"content-type": "application/json", **({SECRET_HEADER: secret} if secret else {})}
     request = urllib.request.Request(url + path, data=message, headers=headers)  # noqa: S310 - checked
     try:

@@ -21,6 +21,7 @@ from twostroke import config as configs
 from twostroke.api.server import bind
 from twostroke.children import Child
 from twostroke.config import UpConfig
+from twostroke.lent import lend
 from twostroke.messages import SECRET_HEADER, Role, WorkerInfo
 from twostroke.models import default_name, resolve
 from twostroke.router.worker import WorkerReport
@@ -152,6 +153,12 @@ class System:
         """From start to stop; the exit code."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        with ExitStack() as lent:
+            if not configs.cluster_secret():  # whoever has set one has it
+                lent.enter_context(lend(self._config.port, self._secret))
+            return await self._serve()
+
+    async def _serve(self) -> int:
         try:
             with self._board:
                 await self._start()

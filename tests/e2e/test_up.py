@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.ports import free_ports
 from tests.e2e.system import Process
+from twostroke import cli
 
 TINY = "LlamaForCausalLM"
 
@@ -58,9 +59,11 @@ def test_start_ask_stop(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
     model = tiny_model(TINY)
     before = set(os.listdir("/dev/shm"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     (port,) = free_ports(1)
     counts = [arg for worker in workers for arg in (f"--{worker.removesuffix('-0')}", "1")]
     process = twostroke("up", str(model), "--port", str(port), *counts)
@@ -73,6 +76,8 @@ def test_start_ask_stop(
         body = json.dumps({"prompt": "hello", "max_tokens": 5, "temperature": 0}).encode()
         with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as reply:
             assert json.load(reply)["usage"]["completion_tokens"] >= 1
+        told = ["workers", "role", "colocated-0", "decode", "--url", f"http://127.0.0.1:{port}"]
+        assert cli.run(told) == 0, "the same user needs no secret"
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) == len(workers) + 1
         process.send_signal(end)
@@ -82,8 +87,10 @@ def test_start_ask_stop(
     finally:
         process.kill()
         process.communicate()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path / "TMPDIR") == []
     assert set(os.listdir("/dev/shm")) <= before
+    left = [file.name for file in (tmp_path / "XDG_RUNTIME_DIR/twostroke").iterdir()]
+    assert left == ([] if end is signal.SIGINT else [f"{port}.secret"])
     socket.create_server(("127.0.0.1", port)).close()  # free again
 
 
