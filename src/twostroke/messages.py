@@ -230,6 +230,13 @@ class Confirmed(Struct, frozen=True, forbid_unknown_fields=True):
     alive: bool
 
 
+class Abandon(Struct, frozen=True, forbid_unknown_fields=True):
+    """Router → P: nobody will consume this hand-over, though P may have finished its part."""
+
+    handover: Name  # all prompts of the ticket with this id
+    attempt: Count
+
+
 # -- a hand-over in other routers' words, in the body of a request --------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from starlette.types import Send
 from tests.router.scripted import ScriptedWorker, System, hang, json_answer, stream_answer, system, until
 from twostroke.api.keys import tenant
 from twostroke.api.server import Timeline
-from twostroke.messages import SECRET_HEADER, TENANT_HEADER, TICKET_HEADER
+from twostroke.messages import SECRET_HEADER, TENANT_HEADER, TICKET_HEADER, Abandon
 from twostroke.router import router as routers
 from twostroke.router.worker import WorkerReport
 
@@ -186,6 +186,22 @@ async def test_a_colocated_worker_gets_no_ticket() -> None:
 
 
 # -- failures ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_before_the_first_token_ends_a_hand_over_that_is_computed() -> None:
+    """P's reply is over, so there is no connection to close, and D may never come to tell P that it needs nothing."""
+    async with system() as running:
+        p, d = running.workers
+        d.answer = hang
+        async with asyncio.timeout(5):
+            asking = asyncio.create_task(ask(running))
+            await until(lambda: "p-0 answered" in running.log and bool(d.seen))
+            asking.cancel()
+            await until(lambda: len(p.seen) == 2)
+        produced, abandoned = p.seen
+        assert abandoned.path == "/internal/handover/abandon"
+        assert produced.ticket is not None
+        assert msgspec.json.decode(abandoned.body, type=Abandon) == Abandon(produced.ticket.id, 0)
 
 
 async def test_a_client_that_leaves_ends_the_request_on_both_workers() -> None:

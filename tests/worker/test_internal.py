@@ -11,13 +11,15 @@ from starlette.routing import Router
 from starlette.types import Message
 
 from twostroke.api.server import Boundary
-from twostroke.messages import Attach, Confirm, Manage, Managed, Role, WorkerInfo, encode
+from twostroke.messages import Abandon, Attach, Confirm, Manage, Managed, Role, WorkerInfo, encode
 from twostroke.worker.internal import internal_routes
 
 ATTACH, CONFIRM = "/internal/handover/attach", "/internal/handover/confirm"
+ABANDON = "/internal/handover/abandon"
 SOUND: dict[str, bytes] = {
     ATTACH: encode(Attach("h/0", 0, "f" * 32, 0, "p" * 32)),
     CONFIRM: encode(Confirm("h/0", 0, "i" * 32, 3)),
+    ABANDON: encode(Abandon("h", 0)),
 }
 BODIES = {
     "UTF-8": b'{"handover":"\xff"}',

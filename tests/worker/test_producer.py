@@ -19,6 +19,7 @@ from twostroke.errors import Conflict, EngineFailed, HandoverFailed
 from twostroke.kv.keys import prompt_key
 from twostroke.messages import (
     PROTOCOL,
+    Abandon,
     Alive,
     Attach,
     Confirm,
@@ -327,6 +328,19 @@ async def test_a_dead_lease_is_not_confirmed(llama: Path) -> None:
         assert stage.confirm(3, release=True)
         assert not stage.confirm(3)
         assert not stage.confirm(3, release=True)
+
+
+async def test_what_the_router_gives_up_is_let_go_at_once(llama: Path) -> None:
+    """Though it is computed, and no consumer ever came; but only that attempt."""
+    async with staged(llama) as stage:
+        await stage.produced()
+        for message in (Abandon("h", 1), Abandon("other", 0), Abandon("h/0", 0)):
+            stage.producer.abandon(message)
+        assert stage.leased
+        stage.producer.abandon(Abandon("h", 0))
+        assert not stage.leased
+        with pytest.raises(Conflict, match="gave it up"):
+            await anext(stage.attach())
 
 
 async def test_who_comes_late_is_told(llama: Path) -> None:

@@ -25,7 +25,16 @@ from twostroke.api.http import ClientGone, unless_gone
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.config import RouterConfig
 from twostroke.errors import RequestError, Unavailable, WorkerLost
-from twostroke.messages import ALIVE_HEADER, JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal, Ticket, encode
+from twostroke.messages import (
+    ALIVE_HEADER,
+    JOURNAL_HEADER,
+    SECRET_HEADER,
+    TICKET_HEADER,
+    Abandon,
+    Journal,
+    Ticket,
+    encode,
+)
 from twostroke.router.backlog import Backlog, Line, Place
 from twostroke.router.policy import ANY, Colocated, Disaggregated, Prompt, Route, Rules, choose, successor
 from twostroke.router.prefix import PrefixMap, chain, tokens_of
@@ -88,7 +97,7 @@ class Relay:
         self._secret = {SECRET_HEADER: secret} if secret else {}
         self._prefixes = PrefixMap()
         self._producers: set[asyncio.Task[Refusal | None]] = set()
-        self._aborting: set[asyncio.Task[None]] = set()
+        self._telling: set[asyncio.Task[None]] = set()
         self._turn = 0
         self.backlog = Backlog(config.max_queue)
         self.line = Line()
@@ -212,6 +221,8 @@ class Relay:
             await self._answer(trip, route.decode, self._consume_ticket(route, trip))
         except BaseException:
             producer.cancel()
+            if not trip.reply.started:  # else the decode worker has attached, and releases what it does not need
+                self._tell(route.prefill, "/internal/handover/abandon", encode(Abandon(trip.call.handover, attempt)))
             raise
         if not producer.done():
             asyncio.get_running_loop().call_later(_PRODUCER_GRACE, producer.cancel)
@@ -278,7 +289,7 @@ class Relay:
         except UPSTREAM_ERRORS as error:
             why = self._lose(worker, error)
             if isinstance(error, Silent):
-                self._abort(trip, worker)
+                self._tell(worker, "/abort_request", encode({"rid": trip.call.id}))
             if not reply.done:
                 raise WorkerLost(f"worker {worker.id} failed: {why}") from error
             await reply.end_stream(b"")
@@ -318,16 +329,16 @@ class Relay:
             headers[JOURNAL_HEADER] = encode(journal).decode()
         return self._upstream.post(worker.url, trip.call.target, headers, lines + trip.call.body)
 
-    def _abort(self, trip: _Trip, worker: Worker) -> None:
-        """Have a worker end a request that it may think is still waited for: it will not see that we have gone."""
-        task = asyncio.create_task(self._tell_abort(worker, encode({"rid": trip.call.id})))
-        self._aborting.add(task)
-        task.add_done_callback(self._aborting.discard)
+    def _tell(self, worker: Worker, path: str, message: bytes) -> None:
+        """Have a worker end what it may think is still waited for. Unheard, that ends by its own deadline."""
+        task = asyncio.create_task(self._post_only(worker, path, message))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
-    async def _tell_abort(self, worker: Worker, body: bytes) -> None:
+    async def _post_only(self, worker: Worker, path: str, message: bytes) -> None:
         with suppress(*UPSTREAM_ERRORS):
-            async with asyncio.timeout(SILENCE), self._upstream.post(worker.url, "/abort_request", self._secret, body):
-                pass
+            async with asyncio.timeout(SILENCE), self._upstream.post(worker.url, path, self._secret, message) as reply:
+                await reply.read()
 
     def close(self) -> None:
         """Let go of idle connections."""

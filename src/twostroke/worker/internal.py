@@ -13,6 +13,7 @@ from twostroke.api.server import route
 from twostroke.errors import BadRequest, Unauthorized, Unavailable
 from twostroke.messages import (
     SECRET_HEADER,
+    Abandon,
     Assign,
     Attach,
     Confirm,
@@ -28,7 +29,7 @@ from twostroke.worker.producer import Producer
 
 _MAX_MESSAGE = 64 << 10  # bytes
 _LINES = [(b"content-type", b"application/x-ndjson")]
-Message = TypeVar("Message", Attach, Confirm, Drain, Manage, Assign)
+Message = TypeVar("Message", Attach, Confirm, Drain, Manage, Assign, Abandon)
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -66,6 +67,11 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
         message = await _read(scope, receive, Confirm)
         await reply(send, encode(_producer(worker).confirm(message)))
 
+    async def abandon(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await _read(scope, receive, Abandon)
+        _producer(worker).abandon(message)
+        await reply(send, b"")
+
     async def drain(scope: Scope, receive: Receive, send: Send) -> None:
         worker.drain((await _read(scope, receive, Drain)).seconds)
         await reply(send, encode(worker.info()))
@@ -88,6 +94,7 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
         route("/internal/role", guarded(assign), "POST"),
         route("/internal/handover/attach", guarded(attach), "POST"),
         route("/internal/handover/confirm", guarded(confirm), "POST"),
+        route("/internal/handover/abandon", guarded(abandon), "POST"),
     ]
 
 

@@ -13,6 +13,7 @@ from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Lease
 from twostroke.messages import (
     PROTOCOL,
+    Abandon,
     Alive,
     Attach,
     Confirm,
@@ -230,6 +231,12 @@ class Producer:
         if alive and export is not None:
             export.on(event)
         return Confirmed(alive)
+
+    def abandon(self, message: Abandon) -> None:
+        """End the hand-overs of a ticket: with no consumer they would hold their slots until they expire."""
+        for handover, export in list(self._exports.items()):
+            if handover.rpartition("/")[0] == message.handover and export.attempt == message.attempt:
+                export.fail("the router gave it up")
 
     def exported(self, handover: str, attempt: int) -> Lease | None:
         """What a hand-over holds for its consumer; none if it is over. From any thread."""
