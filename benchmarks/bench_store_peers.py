@@ -1,16 +1,15 @@
 """The store's tiers beside LMCache, Mooncake Store and Valkey: the same blocks, in one run, each where it is installed.
 
 - memory of the process: host tier; LMCache's local CPU back end; Mooncake with memory of its own. Limit: memcpy
-- files in the page cache: LMCache's ``fs`` and ``fs_native`` (``lmcache bench l2``); we keep in memory what is to be
-  there, so the host tier stands beside them. Limit: memcpy
+- files in the page cache: LMCache's ``fs`` and ``fs_native``, as ``lmcache bench l2`` measures them; we keep in memory
+  what is to be there, so the host tier stands beside them. Limit: memcpy
 - files past the page cache (direct I/O): disk and directory tier; ``fs`` and ``fs_native``. Limit: raw direct I/O
 - over TCP: cache service, as from another machine; Mooncake, with the memory in another process; Valkey. Limit: raw
   loopback socket
 - in another process of this machine: cache service; Mooncake and Valkey, over TCP as before. Limit: memcpy
 
 Our tiers also seal each block when they put it and verify it when they get it (xxh3-128); none of the others does. In
-each repeat all take turns, but for ``lmcache bench l2``, which does its rounds at once. ``goal`` is 1.5 times a peer
-that is below half of the limit, else as fast.
+each repeat all take turns. ``goal`` is 1.5 times a peer that is below half of the limit, else as fast.
 
     python -m benchmarks.bench_store_peers [--cache FOLDER]
 
@@ -21,9 +20,7 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import select
-import shutil
 import signal
 import socket
 import statistics
@@ -59,8 +56,6 @@ CHILD = Path(__file__).with_name("peer_child.py")
 DISK_THREADS = 4  # of raw direct I/O, of the disk tier and of fs_native
 SECRET = "benchmark"
 ANSWER_SECONDS = 120.0
-_ROUND = re.compile(r"\[(Store|Load)\] Round (\d+): ([0-9.]+) ms, (?:success_keys|loaded)=(\d+)/(\d+)")
-_L2 = "import sys; sys.argv[0] = 'lmcache'; from lmcache.cli.main import main; main()"
 
 
 @dataclass
@@ -230,10 +225,6 @@ class Run:
                         self._note(name, put, get)
             for tier in self._tiers:
                 await tier.close()
-        if environment := peers.find("lmcache", self._cache):
-            for adapter in ("fs", "fs_native"):
-                for direct in (False, True):
-                    self._l2(environment, adapter, direct, repeats)
 
     def _note(self, name: str, put: float | None, get: float | None) -> None:
         rates = self.rates.setdefault(name, Rates())
@@ -371,6 +362,11 @@ class Run:
     def _lmcache(self, stack: ExitStack) -> None:
         environment = peers.prepare("lmcache", self._cache)
         self._child(stack, "LMCache local CPU", environment, "lmcache", "--capacity", str(2 * self.bytes))
+        for adapter in ("fs", "fs_native"):
+            for direct in ([], ["--direct"]):
+                name = f"LMCache {adapter}{', O_DIRECT' * bool(direct)}"
+                folder = ["--path", str(self._path / name), "--threads", str(DISK_THREADS), *direct]
+                self._child(stack, name, environment, adapter, *folder)
 
     def _mooncake(self, stack: ExitStack) -> None:
         environment = peers.prepare("mooncake", self._cache)
@@ -394,32 +390,6 @@ class Run:
         command += ["--dir", str(self._path), "--maxmemory", str(3 * self.bytes), "--appendonly", "no"]
         stack.enter_context(program(command, port))
         self._child(stack, "Valkey", environment, "valkey", "--port", str(port))
-
-    def _l2(self, environment: peers.Environment, adapter: str, direct: bool, repeats: int) -> None:
-        """``lmcache bench l2``: it prints how long each round took."""
-        folder = self._path / "l2"
-        folder.mkdir()
-        spec: dict[str, object] = {"type": adapter, "base_path": str(folder), "use_odirect": direct}
-        if adapter == "fs_native":
-            spec["num_workers"] = DISK_THREADS
-        arguments = ["--l2-adapter", json.dumps(spec), "--num-keys", str(self.blocks), "--rounds", str(repeats)]
-        arguments += ["--data-size-kb", str(self.size >> 10), "--warmup-rounds", "1", "--l1-align-bytes", "4096"]
-        variables = environment.variables() | {"LMCACHE_LOG_LEVEL": "ERROR", "LMCACHE_DISABLE_BANNER": "1"}
-        command = [str(environment.python), "-c", _L2, "bench", "l2", *arguments]
-        name = f"LMCache {adapter}{', O_DIRECT' * direct}"
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=variables, check=False)
-        except subprocess.TimeoutExpired:
-            self.missing[name] = "lmcache bench l2 took more than 180 s"
-        else:
-            rounds = [found.groups() for found in _ROUND.finditer(done.stdout)]
-            for what, number, milliseconds, good, all_ in rounds:
-                if int(number) > 1 and good == all_:
-                    took = float(milliseconds) / 1e3
-                    self._note(name, took if what == "Store" else None, took if what == "Load" else None)
-            if done.returncode or name not in self.rates:
-                self.missing[name] = f"lmcache bench l2: {(done.stderr or done.stdout)[-300:]}"
-        shutil.rmtree(folder)
 
 
 def lines(block: str, rates: dict[str, Rates]) -> Iterator[Line]:

@@ -6,6 +6,8 @@ is the other end. Blocks are the same random bytes in the same random order as t
 
 import argparse
 import json
+import math
+import mmap
 import os
 import sys
 import threading
@@ -22,12 +24,12 @@ Slots = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 class Store(Protocol):
     """A peer, with slots of ours to put from and get into."""
 
-    def put(self, turn: int) -> None:
-        """All slots, under keys of this turn."""
+    def put(self, turn: int) -> float | None:
+        """All slots, under keys of this turn. How many seconds it took, if it has measured that itself."""
         ...
 
-    def get(self, turn: int) -> None:
-        """All slots of this turn."""
+    def get(self, turn: int) -> float | None:
+        """All slots of this turn, likewise."""
         ...
 
 
@@ -85,6 +87,52 @@ class LocalCpu:
                 block.ref_count_down()
 
         both(some, len(self._order))
+
+
+class Files:
+    """LMCache's adapters that write files, measured by the functions of ``lmcache bench l2``: all keys at once."""
+
+    def __init__(self, slots: Slots, order: Sequence[int], options: argparse.Namespace) -> None:
+        import torch
+        from lmcache.cli.commands.bench.l2_adapter_bench import data, runner
+        from lmcache.v1.distributed.l2_adapters import create_l2_adapter
+        from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import FSL2AdapterConfig
+        from lmcache.v1.distributed.l2_adapters.fs_native_l2_adapter import FSNativeL2AdapterConfig
+
+        self._data: Any = data
+        self._runner: Any = runner
+        options.path.mkdir()
+        spec: dict[str, object] = {"base_path": str(options.path), "use_odirect": options.direct}
+        config: Any = FSL2AdapterConfig if options.peer == "fs" else FSNativeL2AdapterConfig
+        made = config.from_dict(spec if options.peer == "fs" else spec | {"num_workers": options.threads})
+        as_tensor: Any = torch.from_numpy
+        memory = as_tensor(slots.reshape(-1))
+        self._adapter: Any = create_l2_adapter(made, l1_memory_desc=self._data.create_l1_memory_desc(memory, 4096))
+        before = slots.copy()  # the next line fills them with other bytes
+        blocks = self._data.make_memory_objects(memory, len(order), slots.shape[1], 0)
+        slots[:] = before
+        self._blocks, self._size = [blocks[slot] for slot in order], slots.shape[1]
+
+    def put(self, turn: int) -> float:
+        """See ``Store``."""
+        return self._round(self._runner.bench_store, turn)
+
+    def get(self, turn: int) -> float:
+        """See ``Store``."""
+        return self._round(self._runner.bench_load, turn)
+
+    def close(self) -> None:
+        """End its threads."""
+        self._adapter.close()
+
+    def _round(self, bench: Callable[..., Any], turn: int) -> float:
+        count = len(self._blocks)
+        keys = self._data.make_object_keys(count, key_offset=turn * count)
+        given: Sequence[Any] = (lambda _: [keys], lambda _: [self._blocks], lambda _: None)
+        result = bench(self._adapter, 1, count, self._size, 1, *given)
+        assert result.success_counts == [count], f"{result.success_counts} of {count}"
+        took: float = result.round_durations[0]
+        return took
 
 
 class Mooncake:
@@ -173,11 +221,11 @@ class Valkey:
         self._clients[0].flushall()
 
 
-def seconds(work: Callable[[int], None], turn: int) -> float:
+def seconds(work: Callable[[int], float | None], turn: int) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
-    work(turn)
-    return time.perf_counter() - start
+    measured = work(turn)
+    return time.perf_counter() - start if measured is None else measured
 
 
 def serve(make: Callable[[Slots, Sequence[int]], Store], answers: int) -> None:
@@ -190,7 +238,9 @@ def serve(make: Callable[[Slots, Sequence[int]], Store], answers: int) -> None:
             answer: dict[str, object] = {}
             match command["do"]:
                 case "open":
-                    slots = np.random.default_rng(0).integers(0, 256, (command["blocks"], command["size"]), np.uint8)
+                    shape = command["blocks"], command["size"]
+                    slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)  # on whole pages
+                    slots[:] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
                     order = np.random.default_rng(1).permutation(command["blocks"]).tolist()
                     store = make(slots, order)
                 case "put" if store is not None:
@@ -211,11 +261,14 @@ def serve(make: Callable[[Slots, Sequence[int]], Store], answers: int) -> None:
 def main() -> None:
     """One peer."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("peer", choices=["lmcache", "mooncake", "owner", "valkey"])
+    parser.add_argument("peer", choices=["lmcache", "fs", "fs_native", "mooncake", "owner", "valkey"])
     parser.add_argument("--answers", type=int, required=True)
     parser.add_argument("--capacity", type=int, default=0)
     parser.add_argument("--master", default="")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--path", type=Path, default=Path())
+    parser.add_argument("--direct", action="store_true")
+    parser.add_argument("--threads", type=int, default=4)
     options = parser.parse_args()
     if options.peer == "owner":  # adds memory to Mooncake's store, and waits
         owner = Mooncake(np.zeros((1, 4096), np.uint8), [0], options.master, options.capacity)
@@ -225,6 +278,8 @@ def main() -> None:
         return
     makers: dict[str, Callable[[Slots, Sequence[int]], Store]] = {
         "lmcache": lambda slots, order: LocalCpu(slots, order, options.capacity),
+        "fs": lambda slots, order: Files(slots, order, options),
+        "fs_native": lambda slots, order: Files(slots, order, options),
         "mooncake": lambda slots, order: Mooncake(slots, order, options.master, options.capacity),
         "valkey": lambda slots, order: Valkey(slots, order, options.port),
     }
