@@ -176,7 +176,7 @@ class Router:
         body = await read_body(request.scope, request.receive, self._config.max_body)
         present = [worker for worker in self.registry.workers if worker.state in ("ready", "draining")]
         key = request.headers.get("authorization")
-        asked = (self._ask(worker, "POST", "/abort_request", body, key) for worker in present)
+        asked = (self._ask(worker, "POST", "/abort_request", body, key=key) for worker in present)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         replies = [answer for answer in answers if isinstance(answer, Response)]
         if not replies:
