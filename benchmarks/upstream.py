@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from twostroke.api.http import DONE
 from twostroke.api.server import bind
-from twostroke.messages import JOURNAL_HEADER, Slots, WorkerInfo, encode
+from twostroke.messages import ALIVE_SECONDS, JOURNAL_HEADER, Slots, WorkerInfo, encode
 
 TOKEN = b'data: {"id":"cmpl-0","object":"text_completion","choices":[{"index":0,"text":" token"}]}\n\n'
 WHOLE = b'{"id":"cmpl-0","object":"text_completion","choices":[{"index":0,"text":" token"}]}'
@@ -88,7 +88,12 @@ class Upstream(asyncio.Protocol):
         self._transport.write(_STREAM + (f"{JOURNAL_HEADER}: 1\r\n\r\n".encode() if journaled else b"\r\n"))
         gap = self._gap if ask.gap is None else ask.gap
         for token in range(ask.max_tokens):
-            await asyncio.sleep(gap)  # a token is a turn of the loop, as it is with a model
+            rest = gap
+            while journaled and rest > ALIVE_SECONDS:
+                await asyncio.sleep(ALIVE_SECONDS)
+                rest -= ALIVE_SECONDS
+                self._transport.write(_chunk(b":0 \n"))  # a sign of life
+            await asyncio.sleep(rest)  # a token is a turn of the loop, as it is with a model
             line = b":%d [[0,[%d],null,0]]\n" % (len(TOKEN), token) if journaled else b""
             self._transport.write(_chunk(line + TOKEN))
         end = b":%d \n" % len(DONE) if journaled else b""

@@ -111,6 +111,7 @@ def up(
         link_devices=config.check_link_devices(link_device, link),
         store=config.parse_store(options.store),
         tenant_quota=options.quota(),
+        eviction=options.eviction,
         api_keys=config.api_keys(api_key),
     )
     config.check_link(settings.link, settings.store)
@@ -148,7 +149,7 @@ def serve(
     role
         What the worker says it is for; it can do everything in any role.
     name
-        Name in logs and timelines, also after a restart.
+        Name in logs, the same after a restart.
     served_name
         Name of the model for clients. [default: after the model]
     host
@@ -192,6 +193,7 @@ def serve(
         link=link,
         store=config.parse_store(options.store),
         tenant_quota=options.quota(),
+        eviction=options.eviction,
         api_keys=config.api_keys(api_key),
         link_devices=config.check_link_devices(link_device, link),
         routers=router,
@@ -331,6 +333,7 @@ def store(
     ttl: str | None = None,
     layouts: int = 1,
     tenant_quota: str | None = None,
+    eviction: config.EvictionPolicy = "lru",
     host: str = "127.0.0.1",
     port: int = 8300,
     insecure: bool = False,
@@ -350,6 +353,8 @@ def store(
         Most models whose blocks it keeps; they share memory and disk equally.
     tenant_quota
         Bytes that one cache_salt (or API key) may have of memory and of disk, for each model.
+    eviction
+        Which blocks go when it is full: s3-fifo keeps what is used again from being pushed out by what is not.
     host
         Address to listen on.
     port
@@ -367,6 +372,7 @@ def store(
         ttl=None if ttl is None else config.parse_seconds(ttl),
         layouts=layouts,
         tenant_quota=None if tenant_quota is None else parse_size(tenant_quota),
+        eviction=eviction,
         host=host,
         port=_port(port),
     )

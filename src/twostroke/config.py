@@ -19,6 +19,7 @@ Schedule = Literal["concurrent", "serial"]
 Policy = Literal["prefix-aware", "least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
 LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp", "store"]
+EvictionPolicy = Literal["lru", "s3-fifo"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
 GiB = 1 << 30
@@ -128,6 +129,7 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     link_devices: tuple[str, ...] = ()  # network devices that NIXL may use, such as "mlx5_2"; none is all
     store: tuple[TierConfig, ...] = ()  # the tiers below the pool, the fastest first
     tenant_quota: int | None = None  # bytes that one salt may have in each of them
+    eviction: EvictionPolicy = "lru"  # of the tiers in host memory and on disk
     api_keys: tuple[str, ...] = ()  # of clients; none is no check
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 2.5  # silence from the producer after which the consumer computes for itself
@@ -181,6 +183,7 @@ class UpConfig(Struct, frozen=True, forbid_unknown_fields=True):
     link_devices: tuple[str, ...] = ()  # of each worker
     store: tuple[TierConfig, ...] = ()  # of each worker, too
     tenant_quota: int | None = None  # of each worker
+    eviction: EvictionPolicy = "lru"
     api_keys: tuple[str, ...] = ()  # of the router, and of each worker
 
 
@@ -192,6 +195,7 @@ class StoreConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ttl: float | None = None  # seconds
     layouts: int = 1  # of blocks, that is models, that share memory and disk equally
     tenant_quota: int | None = None  # bytes that one salt may have of each, for each model
+    eviction: EvictionPolicy = "lru"
     host: str = "127.0.0.1"
     port: int = 8300
 

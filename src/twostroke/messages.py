@@ -230,6 +230,13 @@ class Confirmed(Struct, frozen=True, forbid_unknown_fields=True):
     alive: bool
 
 
+class Writing(Struct, frozen=True, forbid_unknown_fields=True):
+    """D → P: do you still compute this hand-over's prompt, whose blocks go through the store? → ``Confirmed``"""
+
+    handover: Name
+    attempt: Count
+
+
 class Abandon(Struct, frozen=True, forbid_unknown_fields=True):
     """Router → P: nobody will consume this hand-over, though P may have finished its part."""
 

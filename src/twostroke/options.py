@@ -6,7 +6,7 @@ from typing import Literal
 from cyclopts import Parameter
 
 from twostroke import config
-from twostroke.config import EngineConfig, LoadFormat, parse_size
+from twostroke.config import EngineConfig, EvictionPolicy, LoadFormat, parse_size
 from twostroke.errors import StartupError
 
 
@@ -38,7 +38,9 @@ class EngineOptions:
     store: str | None = None
     "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
     tenant_quota: str | None = None
-    "Bytes that one cache_salt (or API key) may have in each tier."
+    "Bytes of one cache_salt (or API key) in each tier."
+    eviction: EvictionPolicy = "lru"
+    "Which blocks go first."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.

@@ -91,6 +91,7 @@ def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
         "--chunk-size": engine.token_budget,
         "--store": ",".join(map(str, config.store)) or None,
         "--tenant-quota": config.tenant_quota,
+        "--eviction": config.eviction,
         "--link-device": ",".join(config.link_devices) or None,
     }
     return [

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.blocks import key, keys
-from twostroke.store.eviction import POLICIES, Lru, Policy, PolicyName, S3Fifo
+from twostroke.config import EvictionPolicy
+from twostroke.store.eviction import POLICIES, Lru, Policy, S3Fifo
 
 
 def nobody(_: bytes) -> bool:
@@ -23,7 +24,7 @@ def test_lru_evicts_what_was_not_asked_for_for_longest() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_is_spared_stays(name: PolicyName) -> None:
+def test_what_is_spared_stays(name: EvictionPolicy) -> None:
     policy = POLICIES[name]()
     for one in keys(1, 2, 3):
         policy.add(one)
@@ -52,6 +53,19 @@ def hit_rate(policy: Policy, trace: list[int], capacity: int) -> float:
     return hits / len(trace)
 
 
+@pytest.mark.parametrize("length", [10, 50, 99])
+def test_lru_keeps_a_long_prompt_whole(length: int) -> None:
+    """Though others were there before, and used more often."""
+    policy, capacity = Lru(), 100
+    for number in range(capacity):
+        policy.add(key(number))
+    policy.touch([key(number) for number in range(capacity)])
+    prompt = [key(1000 + number) for number in range(length)]
+    for one in prompt:
+        assert policy.evict(lambda _: False) not in prompt
+        policy.add(one)
+
+
 def test_s3_fifo_survives_scans_that_lru_does_not() -> None:
     """A set that is used over and over, and between any two rounds more blocks than fit that never come back."""
     rng, trace, fresh = random.Random(1), [], iter(range(10_000, 10**9))
@@ -63,7 +77,7 @@ def test_s3_fifo_survives_scans_that_lru_does_not() -> None:
 
 
 @given(st.sampled_from(list(POLICIES)), st.lists(st.tuples(st.sampled_from("atre"), st.integers(0, 9)), max_size=200))
-def test_a_policy_knows_exactly_what_is_there(name: PolicyName, steps: list[tuple[str, int]]) -> None:
+def test_a_policy_knows_exactly_what_is_there(name: EvictionPolicy, steps: list[tuple[str, int]]) -> None:
     policy, here = POLICIES[name](), set()
     for step, number in steps:
         one = key(number)

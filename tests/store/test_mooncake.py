@@ -11,6 +11,7 @@ import pytest
 from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, keys
 from tests.store.conftest import Master
 from twostroke.config import MooncakeTier as Config
+from twostroke.config import WorkerConfig
 from twostroke.errors import StartupError
 from twostroke.kv.layout import Layout
 from twostroke.store.tier import TierFailed
@@ -216,4 +217,4 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, "mooncake.store", raising=False)
     layout = Layout(2, 2, 16, 16, "float32", "weights")
     with pytest.raises(StartupError, match=r"pip install 'twostroke\[mooncake\]'"):
-        _make_tier(Config("127.0.0.1", 50051), layout, "w", "")
+        _make_tier(Config("127.0.0.1", 50051), layout, WorkerConfig(), "")

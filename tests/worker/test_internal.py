@@ -11,15 +11,17 @@ from starlette.routing import Router
 from starlette.types import Message
 
 from twostroke.api.server import Boundary
-from twostroke.messages import Abandon, Attach, Confirm, Manage, Managed, Role, WorkerInfo, encode
+from twostroke.errors import Unavailable
+from twostroke.messages import Abandon, Attach, Confirm, Manage, Managed, Role, WorkerInfo, Writing, encode
 from twostroke.worker.internal import internal_routes
 
 ATTACH, CONFIRM = "/internal/handover/attach", "/internal/handover/confirm"
-ABANDON = "/internal/handover/abandon"
+ABANDON, WRITING = "/internal/handover/abandon", "/internal/handover/writing"
 SOUND: dict[str, bytes] = {
     ATTACH: encode(Attach("h/0", 0, "f" * 32, 0, "p" * 32)),
     CONFIRM: encode(Confirm("h/0", 0, "i" * 32, 3)),
     ABANDON: encode(Abandon("h", 0)),
+    WRITING: encode(Writing("h/0", 0)),
 }
 BODIES = {
     "UTF-8": b'{"handover":"\xff"}',
@@ -47,6 +49,9 @@ class Starting:
 
     def assign(self, role: Role) -> None:
         raise AssertionError("nobody asks")
+
+    def writes(self, message: Writing) -> bool:
+        raise Unavailable("the worker is starting")
 
 
 async def post(path: str, body: bytes) -> int:

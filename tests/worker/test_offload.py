@@ -14,6 +14,7 @@ from tests.tiny import generate
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
+from twostroke.errors import HandoverFailed
 from twostroke.links.staging import staging
 from twostroke.messages import Output, Request
 from twostroke.store.directory import DirectoryTier
@@ -352,13 +353,17 @@ async def test_a_store_smaller_than_a_request(model: Path) -> None:
 # -- prefill on one worker, decode on another, and nothing but a tier between them -------------------------------------
 
 
-def writer(*, alive: bool = True, silence: float = 30.0, patience: float = 30.0) -> Writer:
-    """How the other worker seems."""
+def writer(
+    *, at_work: bool | None = True, silence: float = 30.0, patience: float = 30.0, longest: float = 30.0
+) -> Writer:
+    """How the other worker seems; None: gone."""
 
     async def answers() -> bool:
-        return alive
+        if at_work is None:
+            raise HandoverFailed("it refused")
+        return at_work
 
-    return Writer(answers, silence, patience)
+    return Writer(answers, silence, patience, longest)
 
 
 @pytest.mark.parametrize("order", ["concurrent", "prefill first", "decode first"])
@@ -385,8 +390,9 @@ async def test_decode_through_the_store(model: Path, order: str) -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (writer(alive=False, silence=0.05), "the producer is gone"),
-        (writer(alive=True, silence=0.02, patience=0.1), "nothing new for 0 s"),
+        (writer(at_work=None, silence=0.05), "the producer is gone: it refused"),
+        (writer(at_work=False, silence=0.02, patience=0.1), "nothing new for 0 s"),
+        (writer(at_work=True, silence=0.02, patience=0.1, longest=1.1), "nothing new for 1 s"),
     ],
 )
 async def test_decode_goes_on_alone_when_nothing_comes(model: Path, other: Writer, reason: str) -> None:

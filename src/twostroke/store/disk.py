@@ -20,7 +20,7 @@ import numpy.typing as npt
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.store.direct import NO_ROOM, PAGE
-from twostroke.store.eviction import Policy, S3Fifo
+from twostroke.store.eviction import Lru, Policy
 from twostroke.store.format import Corrupt, Sealed
 from twostroke.store.segment import Segment
 from twostroke.store.slots import SlotTier
@@ -227,7 +227,7 @@ def unowned(path: Path) -> bool:
 
 
 def disk_tier(
-    path: Path, block_bytes: int, fingerprint: str, capacity: int, owner: str, policy: Callable[[], Policy] = S3Fifo
+    path: Path, block_bytes: int, fingerprint: str, capacity: int, owner: str, policy: Callable[[], Policy] = Lru
 ) -> SlotTier:
     """A tier of at most ``capacity`` bytes of files under ``path``. ``owner``: our name, the same after a restart.
 

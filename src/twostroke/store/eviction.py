@@ -1,17 +1,18 @@
 """Which block goes when a tier is full, or its tenant has as many as it may. Pure: keys in, a victim out.
 
-``Lru`` is the simplest that works. ``S3Fifo`` resists scans: a block that is used once, such as those of a long prompt
-that never comes back, passes through a small queue without pushing out what is used again. (S3-FIFO: Yang et al.,
-"FIFO queues are all you need for cache eviction", SOSP 2023.) ``benchmarks/bench_store.py`` compares them.
+``Lru`` keeps whatever fits. ``S3Fifo`` resists scans: a block that is used once, such as those of a long prompt that
+never comes back, passes through a small queue without pushing out what is used again. The price: a new prompt that is
+longer than that queue, a tenth of a tier, loses its beginning before it can be used. So it has to be asked for.
+(S3-FIFO: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.) ``benchmarks/bench_store.py``
+compares them.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from typing import Protocol
 
+from twostroke.config import EvictionPolicy
 from twostroke.kv.keys import NOBODY, BlockKey, Tenant, tenant_of
-
-PolicyName = Literal["lru", "s3-fifo"]
 
 
 class Policy(Protocol):
@@ -178,4 +179,4 @@ class Quotas:
         return None if order is None else order.evict(spared)
 
 
-POLICIES: dict[PolicyName, Callable[[], Policy]] = {"lru": Lru, "s3-fifo": S3Fifo}
+POLICIES: dict[EvictionPolicy, Callable[[], Policy]] = {"lru": Lru, "s3-fifo": S3Fifo}

@@ -8,7 +8,7 @@ from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import PoolMemory
 from twostroke.messages import PoolAddress
-from twostroke.store.eviction import Policy, S3Fifo
+from twostroke.store.eviction import Lru, Policy
 from twostroke.store.format import Sealed
 from twostroke.store.slots import SlotTier
 
@@ -88,7 +88,7 @@ class Loan:
 class HostTier(SlotTier):
     """See ``SlotTier``. Processes of the same user on this machine can map its arena, as they can a worker's pool."""
 
-    def __init__(self, block_bytes: int, capacity: int, policy: Callable[[], Policy] = S3Fifo) -> None:
+    def __init__(self, block_bytes: int, capacity: int, policy: Callable[[], Policy] = Lru) -> None:
         """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
 
         Raises:

@@ -11,6 +11,7 @@ from twostroke.api.server import bind
 from twostroke.config import StoreConfig, check_quota, cluster_secret
 from twostroke.kv.copying import kernel
 from twostroke.store.disk import disk_tier
+from twostroke.store.eviction import POLICIES
 from twostroke.store.host import HostTier
 from twostroke.store.server import Server
 from twostroke.store.slots import SlotTier
@@ -21,15 +22,15 @@ _OWNER = "service"
 
 def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
     """Makes the tiers of a layout: its share of memory and disk."""
+    policy = POLICIES[config.eviction]
 
     def make(fingerprint: str, block_bytes: int) -> list[SlotTier]:
         made: list[SlotTier] = []
         if config.memory is not None:
-            made.append(HostTier(block_bytes, config.memory // config.layouts))
+            made.append(HostTier(block_bytes, config.memory // config.layouts, policy))
         if config.disk is not None:
-            made.append(
-                disk_tier(config.disk.path, block_bytes, fingerprint, config.disk.size // config.layouts, _OWNER)
-            )
+            size = config.disk.size // config.layouts
+            made.append(disk_tier(config.disk.path, block_bytes, fingerprint, size, _OWNER, policy))
         for tier in made:
             tier.quota = check_quota(config.tenant_quota, block_bytes)
         return made

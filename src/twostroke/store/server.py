@@ -190,6 +190,7 @@ class Server:
         self._shops: dict[tuple[bytes, int], asyncio.Task[Shop]] = {}
         self._wires: dict[Wire, threading.Thread] = {}
         self._maps: dict[Wire, tuple[PoolAddress, Bytes]] = {}  # clients' memory
+        self._mapping = threading.Lock()  # of it: threads of one client come at once
         self._loop = asyncio.get_running_loop()
         self._accepting = threading.Thread(target=self._accept, name="store-server", daemon=True)
         self._sweeping = asyncio.create_task(self._sweep())
@@ -360,12 +361,13 @@ class Server:
         """A client's memory, mapped once for all of its connections; None if it cannot be."""
         if pool.host != host_id() or pool.block_bytes != block_bytes:
             return None
-        mapped = next((memory for known, memory in list(self._maps.values()) if known == pool), None)
-        try:
-            self._maps[wire] = pool, map_peer(pool) if mapped is None else mapped
-        except HandoverFailed as error:
-            log.info("a client's memory is not mapped: %s", error.message)
-            return None
+        with self._mapping:
+            mapped = next((memory for known, memory in list(self._maps.values()) if known == pool), None)
+            try:
+                self._maps[wire] = pool, map_peer(pool) if mapped is None else mapped
+            except HandoverFailed as error:
+                log.info("a client's memory is not mapped: %s", error.message)
+                return None
         return self._maps[wire][1]
 
     def _call(self, work: Coroutine[Any, Any, Result], seconds: float = _CALL_SECONDS) -> Result:

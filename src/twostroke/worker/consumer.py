@@ -29,6 +29,7 @@ from twostroke.messages import (
     Output,
     Published,
     Sampled,
+    Writing,
     decode,
     encode,
 )
@@ -73,9 +74,16 @@ class Peer:
 
     async def confirm(self, message: Confirm) -> bool:
         """Whether the producer's lease was alive. ``HandoverFailed`` if it cannot be asked."""
+        return await self._ask("confirm", message)
+
+    async def writing(self, message: Writing) -> bool:
+        """Whether the producer is still at work. ``HandoverFailed`` if it cannot be asked."""
+        return await self._ask("writing", message)
+
+    async def _ask(self, what: str, message: Confirm | Writing) -> bool:
         try:
             async with self._session.post(
-                f"{self._url}/internal/handover/confirm",
+                f"{self._url}/internal/handover/{what}",
                 data=encode(message),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=self._silence),

@@ -17,11 +17,13 @@ from twostroke.messages import (
     Assign,
     Attach,
     Confirm,
+    Confirmed,
     Drain,
     Manage,
     Managed,
     Role,
     WorkerInfo,
+    Writing,
     decode,
     encode,
 )
@@ -29,7 +31,7 @@ from twostroke.worker.producer import Producer
 
 _MAX_MESSAGE = 64 << 10  # bytes
 _LINES = [(b"content-type", b"application/x-ndjson")]
-Message = TypeVar("Message", Attach, Confirm, Drain, Manage, Assign, Abandon)
+Message = TypeVar("Message", Attach, Confirm, Drain, Manage, Assign, Abandon, Writing)
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -43,6 +45,8 @@ class Inside(Protocol):
     async def manage(self, order: Manage) -> Managed: ...
 
     def assign(self, role: Role) -> None: ...
+
+    def writes(self, message: Writing) -> bool: ...
 
     @property
     def producer(self) -> Producer | None: ...
@@ -72,6 +76,9 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
         _producer(worker).abandon(message)
         await reply(send, b"")
 
+    async def writing(scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, encode(Confirmed(worker.writes(await _read(scope, receive, Writing)))))
+
     async def drain(scope: Scope, receive: Receive, send: Send) -> None:
         worker.drain((await _read(scope, receive, Drain)).seconds)
         await reply(send, encode(worker.info()))
@@ -95,6 +102,7 @@ def internal_routes(worker: Inside, secret: str) -> list[Route]:
         route("/internal/handover/attach", guarded(attach), "POST"),
         route("/internal/handover/confirm", guarded(confirm), "POST"),
         route("/internal/handover/abandon", guarded(abandon), "POST"),
+        route("/internal/handover/writing", guarded(writing), "POST"),
     ]
 
 

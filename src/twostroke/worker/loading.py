@@ -34,6 +34,7 @@ from twostroke.links.tcp import TcpLink, TcpServer
 from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, PoolAddress, TcpEndpoint
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
+from twostroke.store.eviction import POLICIES
 from twostroke.store.host import HostTier
 from twostroke.store.mooncake import MooncakeTier
 from twostroke.store.service import ServiceTier
@@ -139,19 +140,20 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         servers.append(serving)
         links.append(TcpLink(memory.address, access, secret, slowest=slowest))
         offers.append(serving.address)
-    tiers = tuple(_make_tier(tier, model.layout, config.name, secret) for tier in config.store)
+    tiers = tuple(_make_tier(tier, model.layout, config, secret) for tier in config.store)
     for tier in tiers:
         if isinstance(tier, SlotTier | DirectoryTier):  # others are their servers'
             tier.quota = configs.check_quota(config.tenant_quota, model.layout.block_bytes)
     return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
 
 
-def _make_tier(config: TierConfig, layout: Layout, owner: str, secret: str) -> Tier:
-    match config:
+def _make_tier(tier: TierConfig, layout: Layout, config: WorkerConfig, secret: str) -> Tier:
+    policy = POLICIES[config.eviction]
+    match tier:
         case configs.HostTier(size):
-            return HostTier(layout.block_bytes, size)
+            return HostTier(layout.block_bytes, size, policy)
         case configs.DiskTier(path, size):
-            return disk_tier(path, layout.block_bytes, layout.fingerprint, size, owner)
+            return disk_tier(path, layout.block_bytes, layout.fingerprint, size, config.name, policy)
         case configs.DirectoryTier(shared, limit):
             return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
         case configs.ServiceTier(host, port):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job, Update
-from twostroke.errors import EngineFailed
+from twostroke.errors import EngineFailed, HandoverFailed
 from twostroke.kv.copying import copy, kernel
 from twostroke.kv.keys import BlockKey, block_keys, root_key
 from twostroke.kv.pool import Slot
@@ -116,9 +116,10 @@ class _Hold:
 class Writer(NamedTuple):
     """The worker that writes a prompt's blocks into a shared tier, as the one that waits for them sees it."""
 
-    alive: Callable[[], Awaitable[bool]]  # whether it answers
+    at_work: Callable[[], Awaitable[bool]]  # whether it still computes the prompt; ``HandoverFailed`` if it is gone
     silence: float  # seconds without a new block after which it is asked
-    patience: float  # seconds without a new block after which it is given up, alive or not
+    patience: float  # seconds without a new block, and without knowing it at work, after which it is given up
+    longest: float  # seconds without a new block after which it is given up, at work or not
 
 
 class _Load:
@@ -281,7 +282,7 @@ class Offload:
         """Block after block, as the producer writes them. Given up when nothing new comes for too long, or sooner when
         the producer is not there any more.
         """
-        quiet, asked = time.monotonic(), time.monotonic()
+        quiet = asked = at_work = time.monotonic()
         while load.have < len(load.keys):
             load.where = [*load.where[: load.have], *[0] * (load.have - len(load.where))]
             load.where += await self.store.find(load.keys[load.have : load.have + self.store.batch], wanted=False)
@@ -293,11 +294,14 @@ class Offload:
             if load.have < len(load.where):  # it is there, and not worth loading, or cannot be had
                 break
             reason = ""
-            if now - quiet > producer.patience:
-                reason = f"nothing new for {producer.patience:.0f} s"
+            if now - quiet > producer.longest or now - max(quiet, at_work) > producer.patience:
+                reason = f"nothing new for {now - quiet:.0f} s"
             elif now - max(quiet, asked) > producer.silence:
                 asked = now
-                reason = "" if await producer.alive() else "the producer is gone"
+                try:
+                    at_work = now if await producer.at_work() else at_work
+                except HandoverFailed as error:
+                    reason = f"the producer is gone: {error.message}"
             if reason:
                 self._lifecycle.stamp(load.job.sequence.request.id, "fallback", reason=reason)
                 break

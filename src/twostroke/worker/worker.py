@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -35,6 +36,7 @@ from twostroke.messages import (
     Ticket,
     WorkerInfo,
     WorkerState,
+    Writing,
 )
 from twostroke.store.management import manage
 from twostroke.store.store import Store
@@ -50,7 +52,7 @@ from twostroke.worker.tickets import Tickets
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
-_PATIENCE = 4  # silences, after which a producer that answers and writes nothing new into the store is given up
+_PATIENCE = 4  # silences, after which a producer that is not at work and writes nothing new into the store is given up
 _HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
 _LOOK_SECONDS = 0.05  # between looks at what a draining worker still has to finish
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
@@ -69,6 +71,7 @@ class Worker:
         self._assigned: Role | None = None
         self._loaded: Loaded | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._writing: Counter[Writing] = Counter()  # hand-overs whose blocks go through the store
         self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
         self._failures = Failures()
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
@@ -135,6 +138,10 @@ class Worker:
     def assign(self, role: Role) -> None:
         """Remember what routers shall use this worker for. Nothing else changes: tickets say what to do."""
         self._assigned = role
+
+    def writes(self, message: Writing) -> bool:
+        """Whether this worker is at work on that hand-over, whose blocks go through the store."""
+        return message in self._writing
 
     async def drained(self) -> None:
         """Wait until nothing is left to finish, or it is time to leave anyway."""
@@ -330,17 +337,15 @@ class Worker:
             del self._pulled[request.id]
 
     async def _pull(self, loaded: Loaded, job: Job, admitted: Admitted, ticket: Ticket, here: asyncio.Event) -> None:
-        assert self._session, "a ready worker has a session"
-        assert ticket.peer, "a consumer is told its producer"
         request = job.sequence.request
         pull = Pull(
             job,
             admitted,
-            f"{ticket.id}/{request.prompt_index}",
+            _handover(request, ticket),
             ticket.attempt,
             engine=loaded.engine,
             links=loaded.links,
-            peer=Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout),
+            peer=self._peer(ticket),
             patience=self._config.progress_timeout,
             # P did not know how many tokens D wants at least, so it may have sampled an end that D must not take.
             takes_first=ticket.same_body or not request.sampling.min_tokens,
@@ -363,24 +368,26 @@ class Worker:
         if ticket is None:
             return await self._offload.prepare(request, self._config.queue_timeout)
         silence = self._config.handover_timeout
-        return self._offload.follow(request, Writer(lambda: self._answers(ticket), silence, _PATIENCE * silence))
+        peer, message = self._peer(ticket), Writing(_handover(request, ticket), ticket.attempt)
+        writer = Writer(lambda: peer.writing(message), silence, _PATIENCE * silence, self._config.progress_timeout)
+        return self._offload.follow(request, writer)
 
-    async def _answers(self, ticket: Ticket) -> bool:
-        """Whether the producer is there."""
+    def _peer(self, ticket: Ticket) -> Peer:
         assert self._session, "a ready worker has a session"
-        try:
-            timeout = aiohttp.ClientTimeout(total=self._config.handover_timeout)
-            async with self._session.get(f"{ticket.peer}/health", timeout=timeout, allow_redirects=False) as reply:
-                return reply.status == 200
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            return False
+        assert ticket.peer, "a consumer is told its producer"
+        return Peer(self._session, ticket.peer, secret=self._secret, silence=self._config.handover_timeout)
 
     async def _produce(self, request: Request, ticket: Ticket) -> Output:
         assert self.producer is not None, "a ready worker has a producer"
         one_token = msgspec.structs.replace(request.sampling, max_tokens=1)
+        handover = _handover(request, ticket)
         if self._config.link == "store":
-            return await self._write(msgspec.structs.replace(request, sampling=one_token))
-        handover = f"{ticket.id}/{request.prompt_index}"
+            writing = Writing(handover, ticket.attempt)
+            self._writing[writing] += 1
+            try:
+                return await self._write(msgspec.structs.replace(request, sampling=one_token))
+            finally:
+                self._writing -= Counter([writing])
         try:
             self._admit(request)
         except RequestError as error:
@@ -439,6 +446,11 @@ async def _warm_up(loaded: Loaded) -> None:
     for size in (2, min(2 * MEASURED_TOKENS, loaded.card.max_model_len - 2)):
         async for _ in loaded.engine.submit(Request("warm-up/0/0", [0] * max(1, size), sampling)).updates():
             pass
+
+
+def _handover(request: Request, ticket: Ticket) -> str:
+    """Its name, the same at both ends."""
+    return f"{ticket.id}/{request.prompt_index}"
 
 
 def run(config: WorkerConfig) -> int:
