@@ -18,7 +18,6 @@ from twostroke.store import inspection
 from twostroke.store.inspection import Folder, SharedFolder
 
 _console = Console(highlight=False, soft_wrap=True)
-_WHOLE = Column("layout", no_wrap=True, min_width=32)
 _SERVICE = re.compile(r"(?:service:)?(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _SECONDS = 600.0  # in which all blocks of a store are read
 
@@ -66,7 +65,7 @@ def running(where: str) -> Running | None:
 def stats(where: str) -> int:
     """Blocks and bytes of each layout."""
     if there := running(where):
-        table = Table(_WHOLE, "tier", "blocks", "pinned", "MiB", "at most", "hits", "out of service", box=None)
+        table = Table(_layout(), "tier", "blocks", "pinned", "MiB", "at most", "hits", "out of service", box=None)
         for one in there.do(Manage("stats")):
             report = one.report
             table.add_row(
@@ -80,12 +79,17 @@ def stats(where: str) -> int:
                 report.reason,
             )
     else:
-        table = Table(_WHOLE, "tier", "blocks", "pinned", "MiB", "files", "youngest", "oldest", "used")
+        table = Table(_layout(), "tier", "blocks", "pinned", "MiB", "files", "youngest", "oldest", "used")
         table.box = None
         for folder in inspection.folders(Path(where)):
             _count(table, folder)
     _console.print(table)
     return 0
+
+
+def _layout() -> Column:
+    """The one that is not cut."""
+    return Column("layout", no_wrap=True, min_width=32)
 
 
 def _count(table: Table, folder: Folder) -> None:

@@ -26,7 +26,12 @@ Json = Any
 # Processes are forked from one that has imported everything already. Nothing has run in it: no thread, no OpenMP.
 NURSERY = multiprocessing.get_context("forkserver")
 NURSERY.set_forkserver_preload(
-    ["twostroke.worker.worker", "twostroke.router.router", "transformers.models.llama.modeling_llama"]
+    [
+        "twostroke.worker.worker",
+        "twostroke.router.router",
+        "twostroke.kv.lines",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 
