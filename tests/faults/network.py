@@ -1,14 +1,16 @@
 """Rows in which the network between the workers fails."""
 
 import asyncio
+from collections.abc import Coroutine
 
 from tests.faults.fleet import ATTACH
-from tests.faults.stage import Stage, happened, row
+from tests.faults.stage import PROMPT, STREAM_PROMPT, STREAM_TOKENS, Stage, happened, row
 from tests.links.faults import Faults, Proxy
 
 _ASKED = b"POST /v1/completions"
 _SAID = 1200  # bytes that a prefill worker tells a consumer, about
 _SENT = 150_000  # bytes of a prompt's blocks
+_TURNS = 20  # at most, until a fault has struck
 
 
 async def _fails(stage: Stage, network: Proxy, faults: Faults) -> None:
@@ -31,16 +33,20 @@ async def answer_half_open(stage: Stage) -> None:
     """One that is streamed and one that is not, though D answers heartbeats. Nobody tells it to stop but the router."""
     stage.fleet.answers.down = Faults(where=_ASKED, stall=stage.random.randrange(420), half_open=True)
 
-    async def streamed() -> str:
-        return await stage.streamed(lambda: asyncio.sleep(0))
+    def ask(way: str, length: int) -> Coroutine[None, None, str]:
+        if way == "streamed":
+            return stage.streamed(lambda: asyncio.sleep(0), stage.body(STREAM_PROMPT + length, STREAM_TOKENS))
+        return stage.exactly(stage.body(PROMPT + length))
 
     struck: set[str] = set()
-    while len(struck) < 2:  # the other decode worker gets as many
-        ways = {"streamed": streamed, "whole": stage.exactly}
-        asked = [(way, asyncio.create_task(ask())) for way, ask in ways.items() for _ in range(2)]
+    for turn in range(_TURNS):  # the other decode worker gets as many, so prompts are new: it would be asked again
+        asked = [(way, asyncio.create_task(ask(way, turn))) for way in ("streamed", "whole") for _ in range(2)]
         for way, answered in asked:
             stamps = {event["event"] for event in await stage.timeline(await answered)}
             struck |= {way} if stamps & {"continued", "retried"} else set()
+        if len(struck) == 2:
+            break
+    happened(len(struck) == 2, f"only these were struck: {struck}")
     await stage.freed()
 
 
