@@ -32,19 +32,23 @@ async def events_half_open(stage: Stage) -> None:
 @row("half-open TCP: D's answer to the router", "detected ≤ 3 s; continued or asked again elsewhere", "shm")
 async def answer_half_open(stage: Stage) -> None:
     """One that is streamed and one that is not, though D answers heartbeats. Nobody tells it to stop but the router."""
-    stage.fleet.answers.down = Faults(where=_ASKED, stall=stage.random.randrange(420), half_open=True)
+    lengths = count()  # prompts are new: known ones would go to the other decode worker, which gets as many requests
 
-    def ask(way: str, length: int) -> Coroutine[None, None, str]:
+    def ask(way: str) -> Coroutine[None, None, str]:
+        more = next(lengths) % _PROMPTS
         if way == "streamed":
-            return stage.streamed(lambda: asyncio.sleep(0), stage.body(STREAM_PROMPT + length, STREAM_TOKENS))
-        return stage.exactly(stage.body(PROMPT + length))
+            return stage.streamed(lambda: asyncio.sleep(0), stage.body(STREAM_PROMPT + more, STREAM_TOKENS))
+        return stage.exactly(stage.body(PROMPT + more))
 
     for way in ("streamed", "whole"):
-        for turn in count():  # whoever failed is left alone for a while; and known prompts would go to the other one
-            asked = [asyncio.create_task(ask(way, turn % _PROMPTS)) for _ in range(2)]
-            stamps = {event["event"] for answered in asked for event in await stage.timeline(await answered)}
-            if stamps & {"continued", "retried"}:
-                break
+        stage.fleet.answers.down = Faults(where=_ASKED, stall=stage.random.randrange(420), half_open=True)
+        stamps: set[tuple[str, str]] = set()
+        while not {event for _, event in stamps} & {"continued", "retried"}:
+            asked = [asyncio.create_task(ask(way)) for _ in range(2)]
+            stamps = {(e["worker"], e["event"]) for one in asked for e in await stage.timeline(await one)}
+        stage.fleet.heal()
+        while ("decode-0", "finished") not in stamps:  # a worker that only ever failed would be left alone
+            stamps = {(e["worker"], e["event"]) for e in await stage.timeline(await ask("whole"))}
     await stage.freed()
 
 
