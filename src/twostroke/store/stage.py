@@ -29,6 +29,7 @@ class Stage:
         self.tier = tier
         self.name = tier.name
         self.reads = Average()  # blocks a second
+        self._read_before = False
         self._block_bytes = block_bytes
         self._patience = patience
         self._reason: str | None = "not opened"
@@ -70,8 +71,9 @@ class Stage:
         except TierFailed:
             return 0
         seconds = time.perf_counter() - start
-        if got:
+        if got and self._read_before:  # the first time there is a connection to make, or memory to map
             self.reads.measured(got, seconds)
+        self._read_before = self._read_before or got > 0
         self.count("read_bytes", got * self._block_bytes)
         self.count("read_seconds", seconds)
         return got
