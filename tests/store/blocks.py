@@ -1,11 +1,12 @@
 """Blocks for tests, and what stands in for a pool."""
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 
 from twostroke.kv.keys import KEY_BYTES, NOBODY, TENANT_BYTES
 from twostroke.store.format import Sealed, seal
-from twostroke.store.tier import Place
+from twostroke.store.tier import Place, Tier
 
 BYTES = 1000  # of a block: no whole number of pages
 FINGERPRINT = "ab" * 16
@@ -64,3 +65,17 @@ class Taken:
     def right(self, asked: Sequence[bytes], size: int = BYTES) -> bool:
         """Whether every block that came is the one that was asked for."""
         return all(block == payload(asked[index], size) for index, block in self.blocks.items())
+
+
+async def many_at_once(tier: Tier) -> None:
+    """Readers and writers of overlapping prefixes get right blocks, or none."""
+
+    async def one(first: int) -> None:
+        some = keys(*range(first % 30, first % 30 + 12))
+        await tier.put(some, Given(some))
+        target = Taken()
+        got = await tier.get(some, target)
+        assert target.right(some)
+        assert set(range(got)) <= set(target.blocks)
+
+    await asyncio.gather(*(one(7 * i) for i in range(40)))

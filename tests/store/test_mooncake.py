@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, keys
+from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, keys, many_at_once
 from tests.store.conftest import Master
 from twostroke.config import MooncakeTier as Config
 from twostroke.config import WorkerConfig
@@ -88,15 +88,7 @@ async def test_blocks_come_back_as_they_were(
 
 
 async def test_many_at_once(tier: "MooncakeTier") -> None:
-    async def one(first: int) -> None:
-        some = keys(*range(first % 30, first % 30 + 12))
-        await tier.put(some, Given(some))
-        target = Taken()
-        got = await tier.get(some, target)
-        assert target.right(some)
-        assert set(range(got)) <= set(target.blocks)
-
-    await asyncio.gather(*(one(7 * i) for i in range(40)))
+    await many_at_once(tier)
 
 
 async def test_damaged_and_foreign_objects_are_removed(

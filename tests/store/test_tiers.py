@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, key, keys, owned
+from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, key, keys, many_at_once, owned
 from twostroke.config import StoreConfig
 from twostroke.errors import MemoryTooSmall
 from twostroke.store.directory import DirectoryTier
@@ -249,17 +249,7 @@ async def test_a_budget_smaller_than_one_request(make: Make, name: str) -> None:
 
 
 async def test_many_at_once(tier: Tier) -> None:
-    """Readers and writers of overlapping prefixes get right blocks, or none."""
-
-    async def one(first: int) -> None:
-        some = keys(*range(first % 30, first % 30 + 12))
-        await tier.put(some, Given(some))
-        target = Taken()
-        got = await tier.get(some, target)
-        assert target.right(some)
-        assert set(range(got)) <= set(target.blocks)
-
-    await asyncio.gather(*(one(7 * i) for i in range(40)))
+    await many_at_once(tier)
 
 
 @pytest.mark.parametrize("name", PERSISTENT)
