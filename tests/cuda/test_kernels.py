@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.cuda.case import DEVICE, FAR, LAYER, PROCESSORS, SHAPES, TOLERANCE, Case, distance, on_gpu, plain
+from twostroke.engine.cuda_experts import few_experts, route
 from twostroke.engine.cuda_kernels import attend_one, gather, store
 from twostroke.engine.cuda_product import multiply
 from twostroke.engine.cuda_step import step_of
@@ -161,3 +162,39 @@ def test_products_of_few_rows(biased: bool) -> None:
             assert torch.equal(y[0], y[1])
             assert distance(y[:1], right[:1]) < 5e-3
     assert computed
+
+
+# -- experts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("experts", "top"), [(128, 8), (60, 4), (16, 1)])
+def test_the_most_probable_experts_are_chosen(experts: int, top: int, norm: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for tokens in (1, 33, 1000):
+        logits = torch.randn(tokens, experts, generator=generator).to(DEVICE)
+        index, shares = route(logits, top, norm)
+        values, right = logits.double().softmax(-1).topk(top, -1)
+        values = values / values.sum(-1, keepdim=True) if norm else values
+        assert torch.equal(index, right)
+        assert distance(shares, values) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 33, 128])
+def test_few_tokens_of_experts(tokens: int) -> None:
+    """Fewer pairs than experts, and more; several tokens of one expert, and experts of none."""
+    generator = torch.Generator().manual_seed(9)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16().to(DEVICE)
+
+    experts, hidden, inner, top = 128, 256, 128, 8
+    x, gate_up, down = numbers(tokens, hidden), numbers(experts, 2 * inner, hidden), numbers(experts, hidden, inner)
+    for most in (experts, 10):
+        index = torch.stack([torch.randperm(most, generator=generator)[:top] for _ in range(tokens)]).to(DEVICE)
+        shares = numbers(tokens, top).abs()
+        parts = few_experts(x, index, shares, gate_up, down)
+        gate, up = torch.einsum("th,tkoh->tko", x.double(), gate_up[index].double()).chunk(2, -1)
+        middle = torch.nn.functional.silu(gate) * up
+        right = torch.einsum("tki,tkhi->tkh", middle, down[index].double()) * shares.double()[..., None]
+        assert distance(parts, right) < 1e-2

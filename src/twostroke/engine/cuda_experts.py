@@ -1,16 +1,55 @@
 """A mixture of experts on CUDA. Many tokens: transformers' grouped product. Few tokens, as in decoding: Triton kernels
-that read each chosen expert's weights once, since nothing else takes time then.
+that read each chosen expert's weights once, since nothing else takes time then. Who is chosen is one kernel, too.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import nn
+from torch.nn.functional import linear
 
 _FEW = 128  # tokens
 _PAIRS = 1024  # tokens times experts of each, at most
 _LEAST = 16  # of each side of a matrix product
 _OUTER, _INNER = 32, 128  # outputs and inputs of an expert that one program takes at a time
+
+
+@triton.jit
+def _route(logits, index, shares, row, EXPERTS, TOP: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr):
+    """The ``TOP`` most probable experts of one token, best first, and their probabilities; of equals the first."""
+    token, every = tl.program_id(0).to(tl.int64), tl.arange(0, WIDE)
+    left = tl.load(logits + token * row + every, every < EXPERTS, float("-inf")).to(tl.float32)
+    best = tl.max(left, 0)
+    total = tl.sum(tl.exp(left - best), 0)
+    places = tl.arange(0, TOP)
+    chosen = tl.zeros([TOP], tl.int32)
+    values = tl.zeros([TOP], tl.float32)
+    for place in range(TOP):
+        top, at = tl.max(left, 0), tl.argmax(left, 0)
+        chosen = tl.where(places == place, at, chosen)
+        values = tl.where(places == place, tl.exp(top - best) / total, values)
+        left = tl.where(every == at, float("-inf"), left)
+    if NORM:
+        values = values / tl.sum(values, 0)
+    tl.store(index + token * TOP + places, chosen.to(tl.int64))
+    tl.store(shares + token * TOP + places, values)
+
+
+@triton.jit
+def _mine(index, order, starts, BY_PAIR: tl.constexpr):
+    """The expert that a program is for, and its first and last pair. With few pairs there is a program for each, which
+    has something to do if it is the first of its expert.
+    """
+    if BY_PAIR:
+        pair = tl.program_id(0)
+        expert = tl.load(index + tl.load(order + pair))
+        first = tl.load(starts + expert)
+        last = tl.where(first == pair, tl.load(starts + expert + 1), first)
+    else:
+        expert = tl.program_id(0).to(tl.int64)
+        first = tl.load(starts + expert)
+        last = tl.load(starts + expert + 1)
+    return expert, first, last
 
 
 @triton.jit
@@ -30,16 +69,15 @@ def _arrange(index, order, starts, PAIRS, EXPERTS, WIDE: tl.constexpr, STEP: tl.
 
 @triton.jit
 def _up(
-    x, order, starts, weight, inner, x_row, HIDDEN, INNER, TOP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    x, index, order, starts, weight, inner, x_row, HIDDEN, INNER, TOP: tl.constexpr, BY_PAIR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate) * up`` of one expert's pairs, some outputs; rows of ``inner`` are in order of experts."""
-    expert = tl.program_id(0).to(tl.int64)
+    expert, begin, last = _mine(index, order, starts, BY_PAIR)
     outs = tl.program_id(1) * BN + tl.arange(0, BN)
     ins = tl.arange(0, BK)
-    last = tl.load(starts + expert + 1)
     of_gate = weight + (expert * 2 * INNER + outs[:, None]) * HIDDEN + ins[None, :]
-    for first in range(tl.load(starts + expert), last, BM):
+    for first in range(begin, last, BM):
         at = first + tl.arange(0, BM)
         real = (at < last)[None, :]
         token = tl.load(order + at, at < last, 0) // TOP
@@ -55,15 +93,15 @@ def _up(
 
 @triton.jit
 def _down(
-    inner, order, starts, weight, shares, parts, HIDDEN, INNER, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
+    inner, index, order, starts, weight, shares, parts, HIDDEN, INNER, BY_PAIR: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One expert's answers to its pairs, times their shares; rows of ``parts`` are in order of tokens."""
-    expert = tl.program_id(0).to(tl.int64)
+    expert, begin, last = _mine(index, order, starts, BY_PAIR)
     outs = tl.program_id(1) * BN + tl.arange(0, BN)
     ins = tl.arange(0, BK)
-    last = tl.load(starts + expert + 1)
     of_weight = weight + (expert * HIDDEN + outs[:, None]) * INNER + ins[None, :]
-    for first in range(tl.load(starts + expert), last, BM):
+    for first in range(begin, last, BM):
         at = first + tl.arange(0, BM)
         real = (at < last)[None, :]
         pair = tl.load(order + at, at < last, 0)
@@ -87,14 +125,14 @@ torch.library.define(
 def _experts_shape(
     x: torch.Tensor, index: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    del index, shares, gate_up, down
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    del shares, gate_up, down
+    return x.new_empty(*index.shape, x.shape[1])
 
 
 def few_experts(
     x: torch.Tensor, index: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """The experts' answers, weighted and summed.
+    """The experts' weighted answers, ``[tokens, top, hidden]``. Who adds them up is compiled, with what comes next.
 
     Args:
         x: ``[tokens, hidden]``, the last dimension dense.
@@ -105,6 +143,8 @@ def few_experts(
     """
     (tokens, hidden), top, (experts, _, inner_size) = x.shape, index.shape[1], down.shape
     index, shares, pairs = index.contiguous(), shares.contiguous(), tokens * top
+    by_pair = pairs < experts
+    programs = pairs if by_pair else experts
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=x.device)
     inner = x.new_empty(pairs, inner_size)
@@ -112,16 +152,45 @@ def few_experts(
     _arrange[(triton.cdiv(max(pairs, experts + 1), 32),)](
         index, order, starts, pairs, experts, triton.next_power_of_2(pairs), 32
     )
-    _up[(experts, inner_size // _OUTER)](
-        x, order, starts, gate_up, inner, x.stride(0), hidden, inner_size, top, _LEAST, _OUTER, _INNER,
+    _up[(programs, inner_size // _OUTER)](
+        x, index, order, starts, gate_up, inner, x.stride(0), hidden, inner_size, top, by_pair, _LEAST, _OUTER, _INNER,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    _down[(experts, hidden // _OUTER)](
-        inner, order, starts, down, shares, parts, hidden, inner_size, _LEAST, _OUTER, _INNER, num_warps=4, num_stages=3
+    _down[(programs, hidden // _OUTER)](
+        inner, index, order, starts, down, shares, parts, hidden, inner_size, by_pair, _LEAST, _OUTER, _INNER,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return parts
+
+
+def route(logits: torch.Tensor, top: int, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's experts, ``int64 [tokens, top]``, and their probabilities among all, or, with ``norm``, among them.
+
+    Args:
+        logits: ``[tokens, experts]``, the last dimension dense.
+        top: how many; a power of two.
+        norm: whether the probabilities of those chosen add up to one.
+    """
+    tokens, experts = logits.shape
+    index = torch.empty(tokens, top, dtype=torch.int64, device=logits.device)
+    shares = logits.new_empty(tokens, top)
+    _route[(tokens,)](
+        logits, index, shares, logits.stride(0), experts, top, triton.next_power_of_2(experts), norm, num_warps=1
     )
-    return parts.sum(1)
+    return index, shares
 
 
+torch.library.define("twostroke::route", "(Tensor logits, int top, bool norm) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("twostroke::route")
+def _route_shape(logits: torch.Tensor, top: int, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    del norm
+    size = logits.shape[0], top
+    return logits.new_empty(size, dtype=torch.int64), logits.new_empty(size)
+
+
+torch.library.impl("twostroke::route", "CUDA", route)
 torch.library.impl("twostroke::experts", "CUDA", few_experts)
 
 
@@ -136,9 +205,23 @@ class _Experts(nn.Module):
         if hidden.shape[0] <= _FEW:
             weights = self.inner.gate_up_proj, self.inner.down_proj
             few: torch.Tensor = torch.ops.twostroke.experts(hidden, index, shares, *weights)
-            return few
+            return few.sum(1)
         many: torch.Tensor = self.inner(hidden, index, shares)
         return many
+
+
+class _Router(nn.Module):
+    """A router of transformers: torch's ``topk`` sorts in two kernels what one finds."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
+        logits = linear(hidden.reshape(-1, hidden.shape[-1]), weight)
+        index, shares = torch.ops.twostroke.route(logits, self.inner.top_k, bool(self.inner.norm_topk_prob))
+        return logits, shares, index
 
 
 def use_few_experts(network: nn.Module, top: int) -> None:
@@ -149,6 +232,8 @@ def use_few_experts(network: nn.Module, top: int) -> None:
         for name, child in list(module.named_children()):
             if _is_usual(child):
                 setattr(module, name, _Experts(child))
+            elif type(child).__name__ in _ROUTERS and child.top_k == triton.next_power_of_2(child.top_k):
+                setattr(module, name, _Router(child))
 
 
 def _is_usual(module: nn.Module) -> bool:
@@ -164,3 +249,4 @@ def _is_usual(module: nn.Module) -> bool:
 
 
 _SILU = ("SiLUActivation", "SiLU")
+_ROUTERS = ("Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")  # softmax of all, the largest, added up to one if asked to
