@@ -154,22 +154,20 @@ def measure(
 
 
 def main(repeats: int, targets: Sequence[str]) -> None:
-    """Measure, print, and write ``results/agreement.json``."""
+    """Measure, print, and write ``results/agreement.json``, a section for each server."""
     python, model = environment(), resolve(None, print)
-    rows, runs = [], {}
     for target in targets:
         with tempfile.TemporaryDirectory() as scratch:
             own, other = measure(python, SERVERS[target], model, repeats, Path(scratch) / target)
-        rows += [
+        rows = [
             row(f"{target}: {what}", unit, [r[key] for r in own], [r[key] for r in other], PEER, "1 ± 0.05")
             for key, (what, unit) in FIGURES.items()
         ]
-        runs[target] = [[{key: one[key] for key in FIGURES} for one in some] for some in (own, other)]
-    write_report(
-        "agreement", rows, repeats=repeats, input=INPUT, output=OUTPUT, prompts=PROMPTS, rate=RATE,
-        burstiness=BURSTINESS, seed=SEED, vllm=REQUIREMENTS.read_text().split()[0], runs_ours_theirs=runs,
-        load=os.getloadavg()[0],
-    )  # fmt: skip
+        write_report(
+            "agreement", rows, target, repeats=repeats, input=INPUT, output=OUTPUT, prompts=PROMPTS, rate=RATE,
+            burstiness=BURSTINESS, seed=SEED, vllm=REQUIREMENTS.read_text().split()[0], load=os.getloadavg()[0],
+            runs_ours_theirs=[[{key: one[key] for key in FIGURES} for one in some] for some in (own, other)],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
