@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from twostroke.kv.keys import KEY_BYTES, NOBODY, TENANT_BYTES
 from twostroke.store.format import Sealed, seal
-from twostroke.store.tier import Place, Tier
+from twostroke.store.tier import Place, Source, Target, Tier
 
 BYTES = 1000  # of a block: no whole number of pages
 FINGERPRINT = "ab" * 16
@@ -34,7 +34,7 @@ def payload(one: bytes, size: int = BYTES) -> bytes:
     return (one[::-1] * (size // len(one) + 1))[:size]
 
 
-class Given:
+class Given(Source):
     """A source that has every block but those that are ``gone``."""
 
     def __init__(self, asked: Sequence[bytes], gone: Sequence[int] = (), size: int = BYTES) -> None:
@@ -49,7 +49,7 @@ class Given:
         return None
 
 
-class Taken:
+class Taken(Target):
     """A target that keeps what it gets, and wants no more than ``most``."""
 
     def __init__(self, most: int = 1 << 30) -> None:

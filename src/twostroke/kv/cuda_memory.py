@@ -7,7 +7,7 @@ pointers of one are good in the other.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from cuda.bindings import driver, runtime
 
 from twostroke.errors import HandoverFailed, MemoryTooSmall, StartupError
-from twostroke.kv.memory import host_id
+from twostroke.kv.memory import Bytes, host_id
 from twostroke.messages import CudaMemory, PoolAddress
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,26 @@ class CudaPool:
         """Give the memory back, ``slots`` with it: no tensor may view it any more, and no kernel run on it."""
         with releasing("the KV pool"), current(self._device):
             call(runtime.cudaFree(self._pointer))
+
+
+def register(memory: Bytes, device: int) -> Callable[[], None]:
+    """Have GPUs copy from and to this memory by themselves, until what is returned is called.
+
+    Without that the driver copies through memory of its own, several times slower; so a refusal is no more than said.
+    """
+    address = memory.ctypes.data
+    with current(device):
+        try:
+            call(runtime.cudaHostRegister(address, memory.nbytes, runtime.cudaHostRegisterPortable))
+        except RuntimeError as error:
+            log.warning("%.0f MiB of host memory cannot be registered with CUDA: %s", memory.nbytes / 2**20, error)
+            return lambda: None
+
+    def unregister() -> None:
+        with releasing("registered memory"), current(device):
+            call(runtime.cudaHostUnregister(address))
+
+    return unregister
 
 
 @dataclass(frozen=True)

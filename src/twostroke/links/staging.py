@@ -1,16 +1,19 @@
-"""How a transfer that only knows host memory gets at slots: directly, or through one pinned block for a GPU's pool."""
+"""How a transfer that only knows host memory gets at slots: in place, or from and to a GPU's memory."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+import xxhash
 
+from twostroke.kv.copying import copy
 from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
 
 
 class Staging(Protocol):
-    """Access to slots for one thread, one slot at a time."""
+    """Access to slots for one thread: one through memory of its own, or several from and to other memory."""
 
     def load(self, slot: Slot) -> memoryview:
         """The slot's bytes. Good until the next call."""
@@ -22,6 +25,14 @@ class Staging(Protocol):
 
     def store(self, slot: Slot) -> None:
         """The bytes in ``space`` are complete: when this returns, the slot holds them."""
+        ...
+
+    def read(self, slots: Sequence[Slot], targets: Sequence[memoryview]) -> list[bytes]:
+        """Copy slots into these memories. The xxh3-128 of what each slot holds."""
+        ...
+
+    def write(self, slots: Sequence[Slot], sources: Sequence[memoryview]) -> list[bytes]:
+        """Copy these memories into slots. The xxh3-128 of what each slot holds then."""
         ...
 
 
@@ -41,37 +52,39 @@ class HostStaging:
     def store(self, slot: Slot) -> None:
         """They are there already."""
 
+    def read(self, slots: Sequence[Slot], targets: Sequence[memoryview]) -> list[bytes]:
+        """See ``Staging.read``."""
+        return [_copied(target, self.load(slot)) for slot, target in zip(slots, targets, strict=True)]
 
-class DeviceStaging:
-    """Slots in a GPU's memory: each goes through one block of pinned memory, on a stream that waits for no other."""
+    def write(self, slots: Sequence[Slot], sources: Sequence[memoryview]) -> list[bytes]:
+        """See ``Staging.write``."""
+        return [_copied(self.space(slot), source) for slot, source in zip(slots, sources, strict=True)]
 
-    def __init__(self, slots: torch.Tensor) -> None:
-        self._slots = slots
-        self._stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
-        self._pinned = torch.empty(slots.shape[1], dtype=torch.uint8, pin_memory=True)
 
-    def load(self, slot: Slot) -> memoryview:
-        """See ``Staging.load``."""
-        self._copy(self._pinned, self._slots[slot])
-        return self.space(slot)
-
-    def space(self, slot: Slot) -> memoryview:
-        """See ``Staging.space``."""
-        view: memoryview = self._pinned.numpy().data
-        return view
-
-    def store(self, slot: Slot) -> None:
-        """See ``Staging.store``."""
-        self._copy(self._slots[slot], self._pinned)
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        self._stream.synchronize()
+def _copied(target: memoryview, source: memoryview) -> bytes:
+    """Copy, and take the digest on the way: before, so that the copy finds the bytes in the cache."""
+    digest = xxhash.xxh3_128_digest(source)
+    copy(target, source)
+    return digest
 
 
 def staging(slots: torch.Tensor) -> Callable[[], Staging]:
-    """Makes access to a pool, ``uint8 [num_slots, block_bytes]``, for each thread that asks."""
+    """Makes access to a pool, ``uint8 [num_slots, block_bytes]``, for each who asks."""
     if slots.is_cuda:
-        return lambda: DeviceStaging(slots)
+        from twostroke.links.cuda_staging import CudaStaging  # it needs what only a GPU's machine has
+
+        return lambda: CudaStaging(slots)
     return lambda: HostStaging(slots.numpy())
+
+
+def of_thread(make: Callable[[], Staging]) -> Callable[[], Staging]:
+    """The calling thread's own access, made when it first asks."""
+    local = threading.local()
+
+    def own() -> Staging:
+        if not hasattr(local, "staging"):
+            local.staging = make()
+        access: Staging = local.staging
+        return access
+
+    return own

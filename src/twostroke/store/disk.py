@@ -114,6 +114,10 @@ class _Folder:
         segment, at = self._places[slot]
         return segment.read(at, key)
 
+    def space(self, slot: int) -> memoryview | None:
+        """See ``Medium.space``."""
+        return None
+
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """See ``Medium.write``."""
         segment, at = self._places[slot]

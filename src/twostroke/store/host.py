@@ -4,29 +4,34 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from twostroke.errors import MemoryTooSmall
-from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
-from twostroke.kv.memory import PoolMemory
+from twostroke.kv.memory import Bytes, PoolMemory
 from twostroke.messages import PoolAddress
 from twostroke.store.eviction import Lru, Policy
 from twostroke.store.format import Sealed
 from twostroke.store.slots import SlotTier
 
-_THREADS = 2  # what it takes to saturate memory
+_THREADS = 2  # each way: what it takes to saturate memory, or the link to a GPU
+_AT_ONCE = 8  # blocks that a thread copies at once
+Register = Callable[[Bytes], Callable[[], None]]
 
 
 class _Arena:
     """See ``Medium``: all slots are there from the start, and gone with the process."""
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
+    def __init__(self, slots: int, slot_bytes: int, register: Register | None) -> None:
         self.slot_bytes = slot_bytes
         self._slots = slots
         self._memory: PoolMemory | None = None
+        self._register = register
+        self._unregister: Callable[[], None] | None = None
         self.digests: list[bytes] = [b""] * slots
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
         self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex)
+        if self._register is not None:
+            self._unregister = self._register(self._memory.slots)
         return []
 
     def size(self) -> int:
@@ -39,11 +44,16 @@ class _Arena:
 
     def read(self, slot: int, key: BlockKey) -> Sealed:
         """See ``Medium.read``."""
-        return Sealed(self._view(slot), self.digests[slot])
+        return Sealed(self.space(slot), self.digests[slot])
+
+    def space(self, slot: int) -> memoryview:
+        """See ``Medium.space``."""
+        assert self._memory is not None, "it is open"
+        view: memoryview = self._memory.slots[slot].data
+        return view
 
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """See ``Medium.write``."""
-        copy(self._view(slot), block.payload)
         self.digests[slot] = block.digest
 
     def commit(self, slots: Sequence[int]) -> None:
@@ -54,6 +64,9 @@ class _Arena:
 
     def close(self) -> None:
         """See ``Medium.close``."""
+        if self._unregister is not None:
+            self._unregister()
+            self._unregister = None
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -63,11 +76,6 @@ class _Arena:
         """Where others on this machine find the slots."""
         assert self._memory is not None, "it is open"
         return self._memory.address
-
-    def _view(self, slot: int) -> memoryview:
-        assert self._memory is not None, "it is open"
-        view: memoryview = self._memory.slots[slot].data
-        return view
 
 
 class Loan:
@@ -88,8 +96,19 @@ class Loan:
 class HostTier(SlotTier):
     """See ``SlotTier``. Processes of the same user on this machine can map its arena, as they can a worker's pool."""
 
-    def __init__(self, block_bytes: int, capacity: int, policy: Callable[[], Policy] = Lru) -> None:
+    def __init__(
+        self,
+        block_bytes: int,
+        capacity: int,
+        policy: Callable[[], Policy] = Lru,
+        *,
+        at_once: int = _AT_ONCE,
+        register: Register | None = None,
+    ) -> None:
         """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
+
+        ``at_once``: blocks that one thread moves at once. ``register``: makes that memory one that a GPU copies
+        from and to by itself, until what it returns is called.
 
         Raises:
             MemoryTooSmall: it would not hold one block.
@@ -97,8 +116,8 @@ class HostTier(SlotTier):
         slots = capacity // block_bytes
         if slots < 1:
             raise MemoryTooSmall(f"a host tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
-        self.arena = _Arena(slots, block_bytes)
-        super().__init__("host", self.arena, policy, capacity=capacity, threads=_THREADS)
+        self.arena = _Arena(slots, block_bytes, register)
+        super().__init__("host", self.arena, policy, capacity=capacity, threads=_THREADS, at_once=at_once)
 
     def lend(self, keys: Sequence[BlockKey]) -> Loan:
         """Hold the longest prefix of these blocks that is here, for somebody who reads them by himself."""

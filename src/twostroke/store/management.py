@@ -7,7 +7,7 @@ from twostroke.kv.keys import BlockKey
 from twostroke.messages import Manage, ManagedTier, StoredBlock
 from twostroke.store.format import Sealed
 from twostroke.store.stage import Stage
-from twostroke.store.tier import Entry, Managed, TierFailed
+from twostroke.store.tier import Entry, Managed, Target, TierFailed
 
 MOST_LISTED = 500  # blocks in one answer
 _BATCH = 64  # blocks that are read, or removed, in one call
@@ -80,7 +80,7 @@ class _Desk:
         return ManagedTier(self._stage.report(), self._layout, **what)  # type: ignore[arg-type]
 
 
-class _Whole:
+class _Whole(Target):
     """See ``Target``: notes which blocks came."""
 
     def __init__(self) -> None:

@@ -64,7 +64,7 @@ from twostroke.store.management import manage
 from twostroke.store.service import BATCH_BYTES, PATIENCE, SLOWEST
 from twostroke.store.slots import SlotTier
 from twostroke.store.store import Hold, Store
-from twostroke.store.tier import Place, Source, TierFailed
+from twostroke.store.tier import Place, Source, Target, TierFailed
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
@@ -378,7 +378,7 @@ class Server:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 
 
-class _Outlet:
+class _Outlet(Target):
     """See ``Target``: sends blocks as they are read, from several threads."""
 
     def __init__(self, wire: Wire) -> None:
@@ -410,7 +410,7 @@ class _Outlet:
             raise ConnectionError("the client is gone, or too slow")
 
 
-class _Taken:
+class _Taken(Source):
     """See ``Source``: blocks that a client has sent, or let us map."""
 
     def __init__(self, blocks: Sequence[Sealed]) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from twostroke.kv.keys import BlockKey
 from twostroke.store.direct import NO_ROOM
 from twostroke.store.eviction import Policy, Quotas
-from twostroke.store.format import Corrupt, Sealed, verify
+from twostroke.store.format import Corrupt, Sealed
 from twostroke.store.shelf import Shelf
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage
@@ -42,8 +42,12 @@ class Medium(Protocol):
         """The block in a slot, not yet verified; good until this thread's next call. ``Corrupt`` if it is another."""
         ...
 
+    def space(self, slot: int) -> memoryview | None:
+        """The slot's memory, for a medium that is memory: what is to be put there is written by who has it."""
+        ...
+
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """Put a block into a slot."""
+        """Put a block into a slot; its bytes are there already if there was a ``space`` for them."""
         ...
 
     def commit(self, slots: Sequence[int]) -> None:
@@ -77,14 +81,27 @@ class SlotTier:
     are held.
     """
 
-    def __init__(self, name: str, medium: Medium, policy: Callable[[], Policy], *, capacity: int, threads: int) -> None:
-        """``capacity``: bytes that the medium may use."""
+    def __init__(
+        self,
+        name: str,
+        medium: Medium,
+        policy: Callable[[], Policy],
+        *,
+        capacity: int,
+        threads: int,
+        at_once: int = 1,
+    ) -> None:
+        """``capacity``: bytes that the medium may use. ``threads``: that read, and as many that write. ``at_once``:
+        blocks that one moves at once; of a medium that is not memory, it has one at a time.
+        """
         self.name = name
         self.quota: int | None = None  # bytes that a tenant may have here, from the next ``open`` on
         self._medium = medium
         self._policy = policy
         self._capacity = capacity
         self._threads = Threads(threads, name)
+        self._readers = Threads(threads, f"{name}-read")  # what a request waits for is not behind what nobody does
+        self._at_once = at_once
         self._shelf = Shelf(0, policy())
         self._paused = 0.0  # until when nothing is written
         self._damaged = 0
@@ -114,16 +131,20 @@ class SlotTier:
         """See ``Tier.get``."""
         shelf, slots = self._shelf, self._shelf.pin(keys)
 
-        def fetch(index: int) -> bool | Corrupt | OSError:
-            try:
-                block = verify(self._medium.read(slots[index], keys[index]))
-            except (Corrupt, OSError) as error:
-                return error
-            return target.place(index, block)
+        def fetch(run: range) -> list[bool | Corrupt | OSError]:
+            results: dict[int, bool | Corrupt | OSError] = {}
+            there: dict[int, Sealed] = {}
+            for index in run:
+                try:
+                    there[index] = self._medium.read(slots[index], keys[index])
+                except (Corrupt, OSError) as error:
+                    results[index] = error
+            results.update(zip(there, target.take(list(there), list(there.values())), strict=True))
+            return [results[index] for index in run]
 
         self._use(1)
         try:
-            results = await self._threads.each(fetch, len(slots))
+            results = await self._readers.runs(fetch, len(slots), self._run(len(slots)))
         finally:
             for key, slot in zip(keys, slots, strict=False):
                 shelf.unpin(key, slot)
@@ -149,7 +170,9 @@ class SlotTier:
             for index in missing:
                 if (slot := shelf.take(keys[index])) is not None:
                     taken.append((index, keys[index], slot))
-            results = await self._threads.each(lambda i: self._store(source, *taken[i]), len(taken))
+            results = await self._threads.runs(
+                lambda run: self._store(source, [taken[i] for i in run]), len(taken), self._run(len(taken))
+            )
             done = [job for job, result in zip(taken, results, strict=True) if result is True]
             if done:
                 await self._threads.run(lambda: self._medium.commit([slot for _, _, slot in done]))
@@ -229,6 +252,7 @@ class SlotTier:
         await self._idle.wait()
         await self._threads.run(self._medium.close)
         self._threads.close()
+        self._readers.close()
 
     def _reopen(self) -> list[tuple[BlockKey, int]]:
         self._medium.close()
@@ -243,15 +267,30 @@ class SlotTier:
                     break
                 self._shelf.extend(size)
 
-    def _store(self, source: Source, index: int, key: BlockKey, slot: int) -> bool | OSError:
-        block = source.block(index)
-        if block is None:
-            return False
-        try:
-            self._medium.write(slot, key, block)
-        except OSError as error:
-            return error
-        return True
+    def _run(self, count: int) -> int:
+        """How many of so many blocks a thread takes at once."""
+        return max(1, min(self._at_once, count // (2 * self._threads.count)))
+
+    def _store(self, source: Source, jobs: Sequence[tuple[int, BlockKey, int]]) -> list[bool | OSError]:
+        """Blocks, by their number in ``source``, into slots."""
+        blocks: list[Sealed | None]
+        spaces = [space for _, _, slot in jobs if (space := self._medium.space(slot)) is not None]
+        if spaces:
+            digests = source.fill([index for index, _, _ in jobs], spaces)
+            sealed = zip(spaces, digests, strict=True)
+            blocks = [None if digest is None else Sealed(space, digest) for space, digest in sealed]
+        else:
+            blocks = [source.block(index) for index, _, _ in jobs]
+        results: list[bool | OSError] = []
+        for (_, key, slot), block in zip(jobs, blocks, strict=True):
+            try:
+                if block is not None:
+                    self._medium.write(slot, key, block)
+            except OSError as error:
+                results.append(error)
+            else:
+                results.append(block is not None)
+        return results
 
     async def _give_up(self, damaged: Sequence[int], keys: Sequence[BlockKey], slots: Sequence[int]) -> None:
         """Blocks that did not verify are never looked at again."""

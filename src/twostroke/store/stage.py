@@ -29,6 +29,7 @@ class Stage:
         self.tier = tier
         self.name = tier.name
         self.reads = Average()  # blocks a second
+        self.writes = Average()
         self._read_before = False
         self._block_bytes = block_bytes
         self._patience = patience
@@ -87,9 +88,12 @@ class Stage:
             stored = await self._guard(self.tier.put(keys, source), self._patience)
         except TierFailed:
             return 0
+        seconds = time.perf_counter() - start
+        if stored:
+            self.writes.measured(stored, seconds)
         self.count("written", stored)
         self.count("written_bytes", stored * self._block_bytes)
-        self.count("write_seconds", time.perf_counter() - start)
+        self.count("write_seconds", seconds)
         return stored
 
     async def run(self, call: Coroutine[Any, Any, Result]) -> Result:

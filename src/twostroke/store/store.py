@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds that a tier may take for one call
 _BATCH_BYTES = 32 << 20  # of one call
 _MOST_BLOCKS = 64  # of one call
+_CALL_SECONDS = 0.01  # that a call to a fast tier may be longer for, so that making it takes no time to speak of
 _MOST_PENDING = 1 << 16  # blocks that wait to be written into a tier
 
 
@@ -58,6 +59,7 @@ class Store:
         self.stages = [Stage(tier, block_bytes, patience) for tier in tiers]
         self.block_bytes = block_bytes
         self.batch = max(1, min(most, _MOST_BLOCKS, _BATCH_BYTES // block_bytes))  # blocks of one call
+        self._most = most
         self._pending: list[OrderedDict[BlockKey, None]] = [OrderedDict() for _ in tiers]  # by stage
         self._wake = [asyncio.Event() for _ in tiers]
         self._idle = [asyncio.Event() for _ in tiers]
@@ -124,6 +126,10 @@ class Store:
         """Wait until nothing waits to be written."""
         await asyncio.gather(*(idle.wait() for idle in self._idle))
 
+    def reach(self, rate: float | None) -> int:
+        """Blocks of one call to a tier that moves so many a second."""
+        return max(self.batch, min(self._most, int((rate or 0) * _CALL_SECONDS)))
+
     def reports(self) -> list[TierReport]:
         """What became of each tier so far."""
         return [stage.report() for stage in self.stages]
@@ -138,7 +144,8 @@ class Store:
                 idle.set()
                 await wake.wait()
             wake.clear()
-            batch = [pending.popitem(last=False)[0] for _ in range(min(self.batch, len(pending)))]
+            most = self.reach(self.stages[level].writes.rate)
+            batch = [pending.popitem(last=False)[0] for _ in range(min(most, len(pending)))]
             await self._write(level, batch, origin)
 
     async def _write(self, level: int, keys: Sequence[BlockKey], origin: Origin) -> None:
@@ -173,7 +180,7 @@ class Store:
         return stored
 
 
-class Relay:
+class Relay(Source, Target):
     """Copies of blocks on their way from one tier to another: a target first, then a source."""
 
     def __init__(self, keys: Sequence[BlockKey]) -> None:

@@ -6,7 +6,7 @@ They are daemons: a thread that hangs in a dead file system must not keep the pr
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -49,22 +49,26 @@ class Threads:
         Raises:
             Exception: the first that was raised; what was not begun by then is not done.
         """
-        left = deque(range(count))
+        return await self.runs(lambda run: [work(index) for index in run], count, 1)
+
+    async def runs(self, work: Callable[[range], Sequence[Result]], count: int, most: int) -> list[Result]:
+        """The same for runs of up to ``most`` numbers at once, of which ``work`` makes as many results."""
+        left = deque(range(first, min(first + most, count)) for first in range(0, count, most))
         results: dict[int, Result] = {}
 
         def some() -> None:
             while True:
                 try:
-                    index = left.popleft()
+                    run = left.popleft()
                 except IndexError:
                     return
                 try:
-                    results[index] = work(index)
+                    results.update(zip(run, work(run), strict=True))
                 except BaseException:
                     left.clear()
                     raise
 
-        parts = [self.run(some) for _ in range(min(self.count, count))]
+        parts = [self.run(some) for _ in range(min(self.count, len(left)))]
         for outcome in await asyncio.gather(*parts, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
+from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
 from twostroke.messages import PoolAddress
 from twostroke.store.format import Corrupt, Sealed, verify
@@ -32,6 +33,16 @@ class Source(Protocol):
         """The block of the ``index``-th key, good until the same thread asks again. None: it is not to be had."""
         ...
 
+    def fill(self, indexes: Sequence[int], spaces: Sequence[memoryview]) -> list[bytes | None]:
+        """Write blocks into memory of the tier's, all at once where that is faster: the digest of each, or None."""
+        digests: list[bytes | None] = []
+        for index, space in zip(indexes, spaces, strict=True):
+            block = self.block(index)
+            if block is not None:
+                copy(space, block.payload)
+            digests.append(block and block.digest)
+        return digests
+
     def where(self, index: int) -> Place | None:
         """Where other processes find its bytes; None if they do not. These may change once nobody waits for the tier:
         what was copied from there is a block only if its digest is right.
@@ -45,6 +56,16 @@ class Target(Protocol):
     def place(self, index: int, block: Sealed) -> bool:
         """Take the block of the ``index``-th key; its bytes may change after this. False: nobody wants it any more."""
         ...
+
+    def take(self, indexes: Sequence[int], blocks: Sequence[Sealed]) -> list[bool | Corrupt]:
+        """Verify and ``place`` blocks that lie in memory of the tier's, all at once where that is faster."""
+        results: list[bool | Corrupt] = []
+        for index, block in zip(indexes, blocks, strict=True):
+            try:
+                results.append(self.place(index, verify(block)))
+            except Corrupt as error:
+                results.append(error)
+        return results
 
 
 class Usage(Struct, frozen=True):

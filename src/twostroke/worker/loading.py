@@ -42,6 +42,7 @@ from twostroke.store.slots import SlotTier
 from twostroke.store.tier import Tier
 from twostroke.tokenizer import Tokenizer
 
+GPU_AT_ONCE = 64  # blocks that are copied between a GPU and the host tier before anybody looks again
 _SLOWEST = 1 << 20  # bytes a second that a link must bring, while it is not known how fast we compute them
 
 log = logging.getLogger(__name__)
@@ -140,18 +141,29 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         servers.append(serving)
         links.append(TcpLink(memory.address, access, secret, slowest=slowest))
         offers.append(serving.address)
-    tiers = tuple(_make_tier(tier, model.layout, config, secret) for tier in config.store)
+    tiers = tuple(_make_tier(tier, model.layout, model.device, config, secret) for tier in config.store)
     for tier in tiers:
         if isinstance(tier, SlotTier | DirectoryTier):  # others are their servers'
             tier.quota = configs.check_quota(config.tenant_quota, model.layout.block_bytes)
     return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
 
 
-def _make_tier(tier: TierConfig, layout: Layout, config: WorkerConfig, secret: str) -> Tier:
+def _make_tier(tier: TierConfig, layout: Layout, device: torch.device, config: WorkerConfig, secret: str) -> Tier:
     policy = POLICIES[config.eviction]
     match tier:
         case configs.HostTier(size):
-            return HostTier(layout.block_bytes, size, policy)
+            if device.type == "cpu":
+                return HostTier(layout.block_bytes, size, policy)
+            from twostroke.kv.cuda_memory import register  # it needs what only a GPU's machine has
+
+            index = torch.cuda.current_device() if device.index is None else device.index
+            return HostTier(
+                layout.block_bytes,
+                size,
+                policy,
+                at_once=GPU_AT_ONCE,
+                register=lambda memory: register(memory, index),
+            )
         case configs.DiskTier(path, size):
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, config.name, policy)
         case configs.DirectoryTier(shared, limit):

@@ -14,12 +14,12 @@ from twostroke.errors import EngineFailed, HandoverFailed
 from twostroke.kv.copying import copy, kernel
 from twostroke.kv.keys import BlockKey, block_keys, root_key
 from twostroke.kv.pool import Slot
-from twostroke.links.staging import Staging
+from twostroke.links.staging import Staging, of_thread
 from twostroke.messages import Output, PoolAddress, Request
 from twostroke.store.choice import choose
-from twostroke.store.format import Sealed, seal
+from twostroke.store.format import Corrupt, Sealed, seal
 from twostroke.store.store import Hold, Store
-from twostroke.store.tier import Place
+from twostroke.store.tier import Place, Source, Target
 from twostroke.worker.flights import Flight, Flights
 from twostroke.worker.tasks import end
 
@@ -50,13 +50,13 @@ class _Gate:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody is inside when this returns, and nobody enters any more. Inside, one copies a single block."""
+        """Nobody is inside when this returns, and nobody enters any more. Inside, one copies a few blocks."""
         with self._changed:
             self._open = False
             self._changed.wait_for(lambda: not self._inside)
 
 
-class SlotsEnd:
+class SlotsEnd(Source, Target):
     """Slots of the pool as the source or target of a tier, until they are ``close``d."""
 
     def __init__(self, slots: Sequence[Slot], staging: Callable[[], Staging], pool: PoolAddress | None = None) -> None:
@@ -75,6 +75,15 @@ class SlotsEnd:
         finally:
             self._gate.leave()
 
+    def fill(self, indexes: Sequence[int], spaces: Sequence[memoryview]) -> list[bytes | None]:
+        """See ``Source.fill``."""
+        if not self._gate.enter():
+            return [None] * len(indexes)
+        try:
+            return [*self._staging().read([self._slots[index] for index in indexes], spaces)]
+        finally:
+            self._gate.leave()
+
     def where(self, index: int) -> Place | None:
         """See ``Source.where``."""
         return None if self._pool is None else Place(self._pool, self._slots[index])
@@ -90,6 +99,18 @@ class SlotsEnd:
             return True
         finally:
             self._gate.leave()
+
+    def take(self, indexes: Sequence[int], blocks: Sequence[Sealed]) -> list[bool | Corrupt]:
+        """See ``Target.take``. They count only once the tier has said that they came."""
+        if not self._gate.enter():
+            return [False] * len(indexes)
+        try:
+            slots = [self._slots[index] for index in indexes]
+            digests = self._staging().write(slots, [block.payload for block in blocks])
+        finally:
+            self._gate.leave()
+        arrived = zip(blocks, digests, strict=True)
+        return [block.digest == digest or Corrupt("its bytes are damaged") for block, digest in arrived]
 
     def close(self) -> None:
         """The slots are neither read nor written any more when this returns."""
@@ -160,13 +181,12 @@ class Offload:
         self.store = store
         self._engine = engine
         self._lifecycle = lifecycle
-        self._make_staging = staging
-        self._local = threading.local()
+        self._staging = of_thread(staging)
         self._flights = Flights()
 
     async def open(self) -> None:
         """Open the tiers, and let what becomes findable in the pool sink into them."""
-        await asyncio.to_thread(kernel)
+        await asyncio.to_thread(self._compile)
         await self.store.open(self)
         self._engine.watch(self._published)
 
@@ -235,6 +255,11 @@ class Offload:
         await self.store.lift(self._keys_of(job)[: len(where)], where)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _compile(self) -> None:
+        """What moves and checks blocks, so that no request waits for it."""
+        kernel()
+        self._staging()
 
     def _published(self, keys: list[BlockKey]) -> None:
         self._flights.land(keys)
@@ -332,7 +357,8 @@ class Offload:
         return self.store.block_bytes / speed if speed else None
 
     def _batch(self, level: int) -> int:
-        return self.store.batch if self.store.stages[level].reads.rate else _TRIAL_BLOCKS
+        rate = self.store.stages[level].reads.rate
+        return self.store.reach(rate) if rate else _TRIAL_BLOCKS
 
     async def _fetch(self, level: int, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> int:
         """How many of the first blocks came into the slots, in twice the time that computing them would take."""
@@ -343,13 +369,6 @@ class Offload:
             return await self.store.get(level, keys, target, patience)
         finally:
             target.close()
-
-    def _staging(self) -> Staging:
-        """This thread's access to the pool."""
-        if not hasattr(self._local, "staging"):
-            self._local.staging = self._make_staging()
-        staging: Staging = self._local.staging
-        return staging
 
 
 class Fetch:

@@ -1,0 +1,37 @@
+"""A tier's threads."""
+
+import threading
+
+import pytest
+
+from twostroke.store.threads import Threads
+
+
+async def test_runs_cover_every_number_once_and_keep_their_order() -> None:
+    threads = Threads(3, "test")
+    for count in (0, 1, 2, 7, 8, 9, 100):
+        seen: list[range] = []
+
+        def work(run: range, seen: list[range] = seen) -> list[int]:
+            seen.append(run)
+            return [10 * index for index in run]
+
+        assert await threads.runs(work, count, 4) == [10 * index for index in range(count)]
+        assert all(len(run) <= 4 for run in seen)
+        assert sorted(index for run in seen for index in run) == list(range(count))
+    threads.close()
+
+
+async def test_a_run_that_fails_ends_the_others_that_have_not_begun() -> None:
+    threads, begun, go = Threads(1, "test"), [], threading.Event()
+
+    def work(run: range) -> list[int]:
+        begun.append(run)
+        go.wait()
+        raise OSError("broken")
+
+    go.set()
+    with pytest.raises(OSError, match="broken"):
+        await threads.runs(work, 100, 5)
+    assert begun == [range(5)]
+    threads.close()
