@@ -27,6 +27,13 @@ def test_the_way_of_a_request_that_is_handed_over() -> None:
     assert way.hidden == pytest.approx(0.13)
 
 
+def test_what_decode_loads_while_prefill_computes_takes_no_time() -> None:
+    """As where the two meet in a store."""
+    one, stamps = record("r", 0.0, ttft=0.32, tokens=5, gap=0.07), pd_stamps()
+    loading: Stamp = ("d", "store", 0.05, {"load_ms": 250.0, "bytes": 1 << 20, "tiers": "service"})
+    assert analysis.way(one, [stamps[0], loading, *stamps[1:]]) == analysis.way(one, stamps)
+
+
 def test_without_a_timeline_there_is_no_way() -> None:
     assert analysis.way(record("r", 0.0), []) is None
     assert "not known" in analysis.verdict(result())

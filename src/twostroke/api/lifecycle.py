@@ -10,7 +10,7 @@ prefill_started    ``cached_tokens``: of the prompt, not to be computed
 prefill_ended
 attached           ``link``: the producer has opened its pool to us
 store              ``found_blocks``, of these ``pool_blocks`` were in the pool and ``loaded_blocks`` loaded from
-                   ``tiers``; ``bytes``, ``load_ms``; ``why`` so many
+                   ``tiers``; ``bytes``, ``load_ms`` (that tiers took); ``why`` so many
 first_token        sampled here, or received from the producer
 kv_complete        ``link``, ``bytes``, ``blocks``, ``exposed_ms`` (waited for after prefill had ended)
 link_failed        ``link``, ``reason``, ``following``: the link that is used from now on

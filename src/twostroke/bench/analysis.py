@@ -103,21 +103,22 @@ class Way(Struct):
 def way(record: Record, stamps: Sequence[Stamp]) -> Way | None:
     """The way of a request through the workers; None where its timeline is not known."""
     times: dict[tuple[str, str], float] = {}
-    detail: dict[str, Mapping[str, str | int | float]] = {}
+    detail: dict[tuple[str, str], Mapping[str, str | int | float]] = {}
     for worker, event, time, more in stamps:
         times.setdefault((worker, event), time)
-        detail.setdefault(event, more)
+        detail.setdefault((worker, event), more)
     prefills = [worker for worker, event in times if event == "prefill_ended" and (worker, "prefill_started") in times]
     if not prefills or record.error:
         return None
     producer = min(prefills, key=lambda worker: times[worker, "prefill_ended"])
     received = times.get((producer, "received"), 0.0)
     started, ended = times[producer, "prefill_started"], times[producer, "prefill_ended"]
-    load = min(float(detail.get("store", {}).get("load_ms", 0)) / 1e3, max(0.0, started - received))
+    # What another worker loads meanwhile, of what this one computes, takes no time of the request's.
+    load = min(float(detail.get((producer, "store"), {}).get("load_ms", 0)) / 1e3, max(0.0, started - received))
     exposed, hidden = 0.0, 0.0
     for (worker, event), time in times.items():
         if event == "kv_complete" and (worker, "attached") in times:
-            exposed = min(float(detail["kv_complete"].get("exposed_ms", 0)) / 1e3, record.e2el - record.ttft)
+            exposed = min(float(detail[worker, event].get("exposed_ms", 0)) / 1e3, record.e2el - record.ttft)
             hidden = max(0.0, min(time, ended) - max(times[worker, "attached"], started))
     lengths = (
         max(0.0, received),

@@ -72,7 +72,7 @@ def _stack(axes: "Axes", chart: Chart, palette: tuple[str, ...]) -> None:
     for row, text in enumerate(chart.series[-1].text):
         if text:
             axes.annotate(f" {text}", (left[row], row), va="center", fontsize=7, annotation_clip=False)
-    axes.margins(x=0.18)
+    axes.margins(x=0.6 if any(chart.series[-1].text) else 0.18)  # for what is written behind a bar
     axes.invert_yaxis()
 
 
