@@ -1,8 +1,8 @@
 """What a tier is: a place that stores whole blocks by key, and decides nothing but what it evicts.
 
 Bytes pass through two narrow ends, so that a tier knows neither pools nor models: it writes what a ``Source`` gives it,
-and gives what it read and verified to a ``Target``; where a tier is memory, source and target do that themselves, in the
-memory. Both are called in a tier's own threads.
+and gives what it read and verified to a ``Target``; where a tier is memory, source and target do that themselves, in
+that memory. Both are called in a tier's own threads.
 """
 
 from collections.abc import Sequence
