@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.store.choice import Average, choose
+from twostroke.store.choice import OLD_SECONDS, Average, choose
 
 
 def test_loading_that_is_quicker_is_done_and_slower_is_not() -> None:
@@ -34,11 +34,25 @@ def test_never_slower_than_any_other_choice(loads: list[float], compute: float) 
     assert seconds(best) <= min(seconds(count) for count in range(len(loads) + 1)) + 1e-6
 
 
-def test_recent_measurements_weigh_most() -> None:
-    assert Average().rate is None
+def test_recent_measurements_weigh_most_and_the_very_first_nothing() -> None:
     average = Average()
-    average.measured(10, 1)
+    rates = []
+    for now, amount in enumerate([100, 10, *[2] * 30]):
+        average.measured(amount, 1, now)
+        rates.append(average.rate)
+    assert rates[:2] == [None, 10], "at first it makes connections, or maps memory"
+    assert 2 <= (rates[-1] or 0) < 2.1
+
+
+def test_an_old_measurement_weighs_nothing() -> None:
+    average = Average()
+    assert average.old(now=0)
+    average.measured(1, 1, now=0)
+    average.measured(1, 50, now=50)  # a stall
+    assert not average.old(now=50 + OLD_SECONDS)
+    now = 50.1 + OLD_SECONDS
+    assert average.old(now)
+    average.measured(10, 1, now)
     assert average.rate == 10
-    for _ in range(30):
-        average.measured(2, 1)
-    assert 2 <= average.rate < 2.1
+    average.measured(1, 50, now)
+    assert average.rate > 5, "one stall among others"

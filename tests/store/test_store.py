@@ -211,17 +211,3 @@ async def test_backoff_grows(monkeypatch: pytest.MonkeyPatch) -> None:
                 break
         one.fails = ""
     assert slept[:7] == [1, 2, 4, 8, 16, 32, 60]
-
-
-async def test_a_tiers_first_read_is_not_its_speed() -> None:
-    """It makes connections and maps memory: a worker that took it for the speed would never read again."""
-    tier, some = MemoryTier(), keys(1, 2)
-    stage = stages.Stage(tier, BYTES, 5.0)
-    await stage.open()
-    await stage.put(some, Given(some))
-    known = []
-    for _ in range(2):
-        assert await stage.get(some, Taken()) == 2
-        known.append(stage.reads.rate is not None)
-    assert known == [False, True]
-    await stage.close()

@@ -1,6 +1,7 @@
 """Requests on a real engine over a real store: tiny model, a pool too small to keep what was computed."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from twostroke.engine.scheduler import Chunk
 from twostroke.errors import HandoverFailed
 from twostroke.links.staging import staging
 from twostroke.messages import Output, Request
+from twostroke.store import choice
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier
@@ -314,12 +316,51 @@ async def test_a_job_that_ends_under_its_load(model: Path) -> None:
 async def test_loading_that_takes_longer_than_computing_is_not_done(model: Path) -> None:
     async with bench(model, only(MemoryTier())) as one:
         await fill(one)
-        one.offload.store.stages[0].reads.rate = 1.0  # blocks a second
+        for _ in range(2):
+            one.offload.store.stages[0].reads.measured(1, 1, time.monotonic())  # blocks, seconds
         one.rig.engine._speed = 4000.0  # tokens a second
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
         (stamp,) = stamps(one)
         assert stamp["loaded_blocks"] == 0
         assert stamp["why"] == "to load a block takes 1e+03 ms, to compute it 1 ms"
+
+
+class Slow(HostTier):
+    """Real, but for a pause before each read."""
+
+    seconds = 0.0
+
+    async def get(self, keys: Sequence[bytes], target: Target) -> int:
+        await asyncio.sleep(self.seconds)
+        return await super().get(keys, target)
+
+
+async def test_a_tier_that_was_slow_is_loaded_from_once_it_is_fast(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only loads measure it, and nobody loads what is slow: it is measured beside a request, which computes."""
+    tiers: list[Slow] = []
+
+    def make(block_bytes: int, _fingerprint: str) -> list[Slow]:
+        tiers.append(Slow(block_bytes, MiB))
+        return tiers
+
+    async with bench(model, make) as one:
+        await fill(one)
+        (tier,), (stage,) = tiers, one.offload.store.stages
+        monkeypatch.setattr(choice, "OLD_SECONDS", 0.0)
+        one.rig.engine._speed = 400.0  # tokens a second: 10 ms a block
+        tier.seconds = 0.3
+        loaded = []
+        for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[2]):  # tried; too slow; still, though it is fast by now
+            assert await one.tokens(request(prompt, COUNT)) == generate(model, prompt, COUNT)
+            loaded.append(stamps(one)[-1]["loaded_blocks"])
+            if prompt == PROMPTS[1]:
+                await until(lambda: stage._exploration is not None and stage._exploration.done())
+                tier.seconds = 0.0
+        await until(lambda: (stage.reads.rate or 0) > 100)
+        assert await one.tokens(request(PROMPTS[3], COUNT)) == generate(model, PROMPTS[3], COUNT)
+        assert [*loaded, stamps(one)[-1]["loaded_blocks"]] == [8, 0, 0, 8]
 
 
 async def test_who_is_preempted_is_loaded_again(model: Path) -> None:

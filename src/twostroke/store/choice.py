@@ -3,19 +3,29 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+OLD_SECONDS = 10.0  # after which a measurement says little
 _WEIGHT = 0.3  # of the newest measurement
 
 
 class Average:
-    """A running average of amounts a second, in which recent measurements weigh most."""
+    """A running average of amounts a second, in which recent measurements weigh most, and old ones nothing. The very
+    first is not one: there is a connection to make, or memory to map.
+    """
 
     def __init__(self) -> None:
         self.rate: float | None = None  # amount a second; None while nothing was measured
+        self._last: float | None = None  # when the latest measurement, or the very first, was made
 
-    def measured(self, amount: float, seconds: float) -> None:
-        """``amount`` took ``seconds``."""
-        rate = amount / max(seconds, 1e-9)
-        self.rate = rate if self.rate is None else self.rate + _WEIGHT * (rate - self.rate)
+    def measured(self, amount: float, seconds: float, now: float) -> None:
+        """``amount`` took ``seconds``. ``now``: on any clock, in seconds."""
+        if self._last is not None:
+            rate = amount / max(seconds, 1e-9)
+            self.rate = rate if self.rate is None or self.old(now) else self.rate + _WEIGHT * (rate - self.rate)
+        self._last = now
+
+    def old(self, now: float) -> bool:
+        """Whether it should be measured again before anything is decided by it for good."""
+        return self._last is None or now - self._last > OLD_SECONDS
 
 
 class Choice(NamedTuple):

@@ -11,6 +11,7 @@ import msgspec
 from twostroke.kv.keys import BlockKey
 from twostroke.messages import TierReport
 from twostroke.store.choice import Average
+from twostroke.store.format import Sealed
 from twostroke.store.tier import Source, Target, Tier, TierFailed
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ Result = TypeVar("Result")
 
 LOOKUP_SECONDS = 1.0  # a request is not admitted before it was looked up
 OPEN_SECONDS = 60.0  # a tier that has not opened by then is tried again later
+_EXPLORED = 8  # blocks: enough for a tier's threads, and few beside what requests read
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds
 
 
@@ -30,13 +32,13 @@ class Stage:
         self.name = tier.name
         self.reads = Average()  # blocks a second
         self.writes = Average()
-        self._read_before = False
         self._block_bytes = block_bytes
         self._patience = patience
         self._reason: str | None = "not opened"
-        self._backoff = _FIRST_BACKOFF
+        self._backoff = _FIRST_BACKOFF  # seconds; longer until a block moves: a tier that opens may hang all the same
         self._tasks: set[asyncio.Task[Any]] = set()
         self._revival: asyncio.Task[None] | None = None
+        self._exploration: asyncio.Task[int] | None = None
         self._counts: dict[str, float] = {}
 
     @property
@@ -72,12 +74,19 @@ class Stage:
         except TierFailed:
             return 0
         seconds = time.perf_counter() - start
-        if got and self._read_before:  # the first time there is a connection to make, or memory to map
-            self.reads.measured(got, seconds)
-        self._read_before = self._read_before or got > 0
+        if got:
+            self.reads.measured(got, seconds, time.monotonic())
+            self._backoff = _FIRST_BACKOFF
         self.count("read_bytes", got * self._block_bytes)
         self.count("read_seconds", seconds)
         return got
+
+    def explore(self, keys: Sequence[BlockKey]) -> None:
+        """It was too slow for anybody to load these blocks, and only loads measure it: lest that last for ever, read a
+        few of them for nobody, beside the requests, once the latest measurement is old. Does not wait.
+        """
+        if self.reads.old(time.monotonic()) and (self._exploration is None or self._exploration.done()):
+            self._exploration = asyncio.create_task(self.get(keys[:_EXPLORED], _Nowhere()))
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """How many of the blocks it has now."""
@@ -90,7 +99,8 @@ class Stage:
             return 0
         seconds = time.perf_counter() - start
         if stored:
-            self.writes.measured(stored, seconds)
+            self.writes.measured(stored, seconds, time.monotonic())
+            self._backoff = _FIRST_BACKOFF
         self.count("written", stored)
         self.count("written_bytes", stored * self._block_bytes)
         self.count("write_seconds", seconds)
@@ -112,8 +122,9 @@ class Stage:
     async def close(self) -> None:
         """Let go of the tier, if it lets us."""
         self._reason = "closed"
-        if self._revival is not None:
-            self._revival.cancel()
+        for task in (self._revival, self._exploration):
+            if task is not None:
+                task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._patience)
         closing = asyncio.create_task(self.tier.close())
@@ -125,7 +136,7 @@ class Stage:
 
     async def _open(self) -> None:
         await self._guard(self.tier.open(), OPEN_SECONDS)
-        self._reason, self._backoff = None, _FIRST_BACKOFF
+        self._reason = None
         log.info("%s: in service, with %d blocks", self.name, self.tier.usage().blocks)
 
     async def _guard(self, call: Coroutine[Any, Any, Result], seconds: float) -> Result:
@@ -169,3 +180,12 @@ class Stage:
                 await self._open()
             except TierFailed as error:
                 log.debug("%s: still out of service: %s", self.name, error)
+
+
+class _Nowhere(Target):
+    """See ``Target``: a block takes as long as on its way into a slot."""
+
+    def place(self, index: int, block: Sealed) -> bool:
+        """See ``Target.place``."""
+        bytes(block.payload)
+        return True

@@ -287,10 +287,12 @@ class Offload:
     async def _load(self, load: _Load) -> None:
         """As much of what is in the store as is worth it."""
         while load.have < len(load.where):
-            count, load.why = self._worthwhile(load.where[load.have :])
-            if not count:
-                break
             level, have = load.where[load.have], load.have
+            count, load.why = self._worthwhile(load.where[have:])
+            if not count:
+                beyond = zip(load.keys[have:], load.where[have:], strict=False)
+                self.store.stages[level].explore([key for key, place in beyond if place == level])
+                break
             end = have + next((i for i, other in enumerate(load.where[have : have + count]) if other != level), count)
             end = min(end, have + self._batch(level))
             begun = time.monotonic()
