@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from twostroke.kv.keys import KEY_BYTES, NOBODY, block_keys, prompt_key, root_key, tenant_of
 
 ROOT = root_key("f" * 32, "")
-KNOWN = ["38455f241d7cafd787883a1715eaa80ff2b1d66780e68cd7", "38455f241d7cafd73c27cb50664a70ad5186fda6b37d5447"]
+KNOWN = ["38455f241d7cafd7a3164d20025bde7dc9ac0caf5ebce148", "38455f241d7cafd70b3f0b2510c629b6d96595c4969fdbf0"]
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 

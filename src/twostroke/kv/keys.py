@@ -37,9 +37,12 @@ def block_keys(parent: BlockKey, token_ids: Sequence[int], block_tokens: int) ->
         token_ids: ids in 0 .. 2**32 - 1.
         block_tokens: tokens a block.
     """
-    keys, tenant = [], tenant_of(parent)
-    for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
-        block = array("I", token_ids[start : start + block_tokens])
-        parent = tenant + hashlib.blake2b(block.tobytes(), digest_size=KEY_BYTES - TENANT_BYTES, key=parent).digest()
+    ids = array("I", token_ids)
+    text, size = ids.tobytes(), block_tokens * ids.itemsize
+    keys, tenant, empty = [], tenant_of(parent), hashlib.blake2b(digest_size=KEY_BYTES - TENANT_BYTES)
+    for start in range(0, len(text) - size + 1, size):
+        hashed = empty.copy()  # takes half the time of making one
+        hashed.update(parent + text[start : start + size])
+        parent = tenant + hashed.digest()
         keys.append(parent)
     return keys

@@ -53,8 +53,7 @@ class Shelf:
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of the blocks are here. To ask is to use them: a prefix is younger than what depends on it."""
-        slots = self._slot
-        found = [key in slots for key in keys]
+        found = list(map(self._slot.__contains__, keys))
         here = list(compress(keys, found))
         here.reverse()
         if self._protected:

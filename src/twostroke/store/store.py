@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from twostroke.kv.keys import BlockKey
@@ -88,10 +89,9 @@ class Store:
         for stage, here in zip(self.stages, found, strict=True):
             stage.count("misses", wanted * (len(keys) - sum(here)))
         where: list[int] = []
-        for here in zip(*found, strict=True):
-            if True not in here:
-                break
-            where.append(here.index(True))
+        with suppress(ValueError):  # of ``index``: no tier has it
+            for here in zip(*found, strict=True):
+                where.append(here.index(True))
         return where
 
     async def get(self, level: int, keys: Sequence[BlockKey], target: Target, patience: float | None = None) -> int:

@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from twostroke.api.lifecycle import Lifecycle
@@ -208,21 +207,23 @@ class Offload:
         """
         keys = self._keys(request)
         where = await self.store.find(keys)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                while await self._flights.wait(keys, self._here(keys, where), request.priority):
-                    where = await self.store.find(keys)
         here = self._here(keys, where)
+        try:
+            async with asyncio.timeout(patience):
+                while await self._flights.wait(keys, here, request.priority):
+                    where = await self.store.find(keys)
+                    here = self._here(keys, where)
+        except TimeoutError:
+            here = self._here(keys, where)
         missing = [key for key in keys if key not in here]
-        return Fetch(self, where, self._flights.begin(missing, request.priority))
+        return Fetch(self, keys, where, self._flights.begin(missing, request.priority))
 
     def follow(self, request: Request, producer: Writer) -> "Fetch":
         """Before a request is submitted whose prompt another worker is computing, and writing into a shared tier."""
         keys = self._keys(request)
         here = self._here(keys, [])
-        return Fetch(
-            self, [], self._flights.begin([key for key in keys if key not in here], request.priority), producer
-        )
+        flight = self._flights.begin([key for key in keys if key not in here], request.priority)
+        return Fetch(self, keys, [], flight, producer)
 
     async def load(
         self, job: Job, admitted: Admitted, where: Sequence[int] | None = None, producer: Writer | None = None
@@ -250,10 +251,6 @@ class Offload:
         if job.sequence.finish is None:
             self._engine.resume(job, None)
 
-    async def prefetch(self, job: Job, where: Sequence[int]) -> None:
-        """While a job waits for slots, bring what it will load from lower tiers into the first one."""
-        await self.store.lift(self._keys_of(job)[: len(where)], where)
-
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
@@ -273,16 +270,16 @@ class Offload:
         return self._engine.has(keys) | set(keys[: len(where)])
 
     def _keys(self, request: Request) -> list[BlockKey]:
-        return self._reusable([*request.prompt, *request.output], request.salt)
+        tokens = [*request.prompt, *request.output]
+        return self.keys(tokens[: self._reusable(tokens) * self._block_tokens], request.salt)
 
     def _keys_of(self, job: Job) -> list[BlockKey]:
-        """Of a job that is not computing: its tokens do not change."""
-        return self._reusable(job.sequence.tokens, job.sequence.request.salt)
+        """Of a job that loads: its tokens do not change, and the engine knows its keys."""
+        return job.sequence.keys[: self._reusable(job.sequence.tokens)]
 
-    def _reusable(self, tokens: Sequence[int], salt: str) -> list[BlockKey]:
-        """Keys of the blocks that need not be computed: the last token's does, since its logits are needed."""
-        reusable = (len(tokens) - 1) // self._block_tokens * self._block_tokens
-        return self.keys(tokens[:reusable], salt)
+    def _reusable(self, tokens: Sequence[int]) -> int:
+        """Blocks that need not be computed: the last token's does, since its logits are needed."""
+        return (len(tokens) - 1) // self._block_tokens
 
     async def _load(self, load: _Load) -> None:
         """As much of what is in the store as is worth it."""
@@ -378,9 +375,17 @@ class Offload:
 class Fetch:
     """What the store does for one request, from before it is submitted until it has ended."""
 
-    def __init__(self, offload: Offload, where: list[int], flight: Flight, producer: Writer | None = None) -> None:
+    def __init__(
+        self,
+        offload: Offload,
+        keys: list[BlockKey],
+        where: list[int],
+        flight: Flight,
+        producer: Writer | None = None,
+    ) -> None:
         """``where``: for each block of the longest prefix that is in the store, the first tier that has it."""
         self._offload = offload
+        self._keys = keys
         self._producer = producer
         self._where = where
         self._flight = flight
@@ -393,8 +398,9 @@ class Fetch:
 
     def submitted(self, job: Job) -> None:
         """The request's job waits, or has slots already."""
-        if self._where and not job.sequence.slots():
-            self._task = asyncio.create_task(self._offload.prefetch(job, self._where))
+        if self._where and not job.sequence.slots():  # meanwhile, bring its blocks into the first tier
+            keys = self._keys[: len(self._where)]
+            self._task = asyncio.create_task(self._offload.store.lift(keys, self._where))
 
     def observe(self, job: Job, update: Update) -> None:
         """Something happened to the job."""
