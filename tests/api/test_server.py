@@ -434,12 +434,14 @@ async def test_a_list_of_replies_is_left_out_of_what_the_producer_tells(server: 
 
 
 async def test_one_router_too_many(server: Running) -> None:
-    body = {"prompt": HELLO, **BOOTSTRAP}
-    async with server.http.post(
-        f"{server.url}/v1/completions", json=body, headers={TICKET_HEADER: CONSUME}
-    ) as response:
-        assert response.status == 400
-        assert "one router too many" in (await response.json())["error"]["message"]
+    """The body has another router's hand-over. Its prefill has no journal, and answers nobody here."""
+    ours = {TICKET_HEADER: CONSUME}, {JOURNAL_HEADER: encode(Journal(0, 0)).decode()}
+    bodies: tuple[dict[str, object], ...] = ({**BOOTSTRAP}, {"kv_transfer_params": REMOTE_DECODE})
+    for headers, theirs in zip(ours, bodies, strict=True):
+        body: dict[str, object] = {"prompt": HELLO} | theirs
+        async with server.http.post(f"{server.url}/v1/completions", json=body, headers=headers) as response:
+            assert response.status == 400
+            assert "one router too many" in (await response.json())["error"]["message"]
 
 
 async def test_an_answer_that_has_begun_is_not_handed_over_again(server: Running) -> None:

@@ -13,6 +13,7 @@ from twostroke.api.http import reply
 from twostroke.api.server import Timeline, bind, serve
 from twostroke.config import RouterConfig
 from twostroke.messages import (
+    JOURNAL_HEADER,
     SECRET_HEADER,
     TICKET_HEADER,
     Assign,
@@ -25,7 +26,7 @@ from twostroke.messages import (
 )
 from twostroke.router.router import Router
 
-STREAM = [(b"content-type", b"text/event-stream")]
+STREAM = [(b"content-type", b"text/event-stream"), (JOURNAL_HEADER.encode(), b"1")]
 
 
 class Seen(Struct):
@@ -51,17 +52,20 @@ def json_answer(body: bytes = b'{"ok":true}', status: int = 200, headers: Sequen
     return answer
 
 
-def stream_answer(*pieces: bytes, breaks: bool = False) -> Answer:
-    """Send the pieces; before each but the first, wait for a permit of ``worker.gate``."""
+def frame(events: bytes, line: bytes = b"") -> bytes:
+    """Events as a worker sends them, and the line of the journal that they add."""
+    return b":%d %b\n%b" % (len(events), line, events)
+
+
+def stream_answer(*events: bytes) -> Answer:
+    """Send these events, without journal lines; before each but the first, wait for a permit of ``worker.gate``."""
 
     async def answer(worker: "ScriptedWorker", send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": STREAM})
-        for i, piece in enumerate(pieces):
+        for i, some in enumerate(events):
             if i:
                 await worker.gate.acquire()
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        if breaks:
-            raise ConnectionError("scripted")
+            await send({"type": "http.response.body", "body": frame(some), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     return answer

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from twostroke.api.http import DONE
 from twostroke.router import reply
-from twostroke.router.reply import Cutter, Events, Frames
+from twostroke.router.reply import Frames
 
 _EVENTS = st.sampled_from([b"data: 1\n\n", b"data: \xf0\x9f\x99\x82\r\n\r\n", b"a\nb\n\n", b": ping\n\n", DONE])
 _TORN = st.sampled_from([b"", b"data: x", b"\n", b"\r\n", b"\r\n\r", b"::\n", b":9 [[0", b"data: [DONE"])
@@ -24,47 +24,33 @@ def cut(text: bytes, sizes: list[int]) -> list[bytes]:
     return pieces
 
 
-def fed(cutter: Cutter, pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
+def fed(pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
     """What it gives for a stream: events, lines, and whether it ended well."""
-    events, lines = b"", b""
+    frames, events, lines = Frames(), b"", b""
     try:
         for piece in pieces:
-            part = cutter.feed(piece)
-            assert not part.events or part.events.endswith((b"\n\n", b"\r\n\r\n")) or isinstance(cutter, Frames)
+            part = frames.feed(piece)
             events, lines = events + part.events, lines + part.lines
-        return events + cutter.end(), lines, True
+        frames.end()
+        return events, lines, True
     except ConnectionError:
         return events, lines, False
-
-
-@given(st.lists(_EVENTS | _TORN).map(b"".join), st.lists(st.integers(1, 9), min_size=1))
-def test_events_are_passed_on_whole_and_nothing_is_lost(text: bytes, sizes: list[int]) -> None:
-    assert fed(Events(), cut(text, sizes)) == (text, b"", True)
-
-
-@given(st.lists(_EVENTS, min_size=1), st.lists(st.integers(1, 9), min_size=1))
-def test_an_event_is_passed_on_as_soon_as_it_is_whole(events: list[bytes], sizes: list[int]) -> None:
-    cutter = Events()
-    for piece in cut(b"".join(events), sizes):
-        cutter.feed(piece)
-    assert cutter.end() == b""
 
 
 @given(st.lists(_FRAGMENTS).map(b"".join) | st.binary(max_size=100), st.lists(st.integers(1, 9), min_size=1))
 @example(b"data: [DONE]\n\ndata: 1\n\n", [1])  # something after the last event
 def test_frames_are_understood_or_refused_however_they_arrive(text: bytes, sizes: list[int]) -> None:
-    found = fed(Frames(), cut(text, sizes))
-    at_once = fed(Frames(), [text] if text else [])
+    found = fed(cut(text, sizes))
+    at_once = fed([text] if text else [])
     assert found[2] == at_once[2]
     if found[2]:
         assert found == at_once
 
 
-@pytest.mark.parametrize("cutter", [Events, Frames])
 @pytest.mark.parametrize("text", [b"data: ", b": ping", b"\n", b":12345 [[0,[1]]]\n"])
-def test_what_has_no_end_is_not_kept(cutter: type[Cutter], text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_end_is_not_kept(text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reply, "_MAX_EVENT", 10_000)
-    stream = cutter()
+    stream = Frames()
 
     def feed() -> None:
         for _ in range(200):
@@ -81,10 +67,9 @@ def test_a_frame_that_says_it_is_too_long_is_refused_at_once() -> None:
 
 def test_a_long_event_is_kept_in_pieces() -> None:
     """Were they joined each time, this would take minutes."""
-    piece, count = b"x" * 1000, 30_000
-    for cutter, head in ((Events(), b""), (Frames(), b":%d [[0,[1]]]\n" % (len(piece) * count + 2))):
-        events = cutter.feed(head).events if head else b""
-        for _ in range(count):
-            events += cutter.feed(piece).events
-        assert events == b""
-        assert cutter.feed(b"\n\n").events == piece * count + b"\n\n"
+    piece, count, frames = b"x" * 1000, 30_000, Frames()
+    events = frames.feed(b":%d [[0,[1]]]\n" % (len(piece) * count + 2)).events
+    for _ in range(count):
+        events += frames.feed(piece).events
+    assert events == b""
+    assert frames.feed(b"\n\n").events == piece * count + b"\n\n"

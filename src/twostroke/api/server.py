@@ -246,7 +246,7 @@ class _Api:
             call = await self._translate(translate, body[size:], setting)
             sent = await _read_journal(body[:size]) if journal else None
             if call.handover is not None and not size:
-                ticket = self._foreign(scope, call.handover, ticket)
+                ticket = self._foreign(scope, call.handover, ticket, answers=journal is not None)
             with self._registered(setting.http_id, call, ticket):
                 if ticket is not None and ticket.side == "produce":
                     await unless_gone(self._produce(call, ticket, scope, send), receive)
@@ -273,11 +273,14 @@ class _Api:
         given = header(scope, SECRET_HEADER) or ""
         return bool(self._secret) and hmac.compare_digest(given.encode(), self._secret.encode())
 
-    def _foreign(self, scope: Scope, word: ForeignTicket, ticket: Ticket | None) -> Ticket:
-        """The ticket that another router wrote into the body."""
+    def _foreign(self, scope: Scope, word: ForeignTicket, ticket: Ticket | None, *, answers: bool) -> Ticket:
+        """The ticket that another router wrote into the body. ``answers``: our own passes our reply on."""
         if ticket is not None:
             raise BadRequest(f"one hand-over by {TICKET_HEADER} and another one in the body: one router too many")
-        return self._service.ticket(word, insider=self._insider(scope))
+        ticket = self._service.ticket(word, insider=self._insider(scope))
+        if answers and ticket.side == "produce":
+            raise BadRequest("a prefill for another router is no answer for this one: one router too many")
+        return ticket
 
     def _setting(self, scope: Scope, now: int) -> Setting:
         card = self._service.card()

@@ -40,9 +40,6 @@ class Stats(Struct, frozen=True):
         return cls(float(ms.mean()), float(np.median(ms)), float(ms.std()), p50, p90, p99)
 
 
-Goal = dict[Metric, float]  # SLO: no more than so many ms
-
-
 class Point(Struct, frozen=True):
     """What a run measured: a scheme, a mode, a workload, a rate. ``repeat`` counts from 0."""
 

@@ -51,7 +51,6 @@ SCHEMES: dict[str, Scheme] = {
         "--prefill 1 --decode 1 --store host:512MiB,dir:{scratch}", "pd, over host memory and a shared directory"
     ),
 }
-DEFAULT = tuple(SCHEMES)
 
 
 def read_schemes(file: Path) -> dict[str, Scheme]:

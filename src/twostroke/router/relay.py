@@ -39,7 +39,7 @@ from twostroke.router.backlog import Backlog, Line, Place
 from twostroke.router.policy import ANY, Colocated, Disaggregated, Prompt, Route, Rules, choose, successor
 from twostroke.router.prefix import PrefixMap, chain, tokens_of
 from twostroke.router.registry import Registry
-from twostroke.router.reply import Call, Events, Frames, Refusal, Reply, read_call
+from twostroke.router.reply import Call, Frames, Refusal, Reply, read_call
 from twostroke.router.upstream import SILENCE, Exchange, Silent, Upstream
 from twostroke.router.worker import UPSTREAM_ERRORS, Hold, Wait, Worker
 
@@ -292,7 +292,7 @@ class Relay:
                 self._tell(worker, "/abort_request", encode({"rid": trip.call.id}))
             if not reply.done:
                 raise WorkerLost(f"worker {worker.id} failed: {why}") from error
-            await reply.end_stream(b"")
+            await reply.end_stream()
 
     async def _pass_on(self, trip: _Trip, hold: Hold, upstream: Exchange) -> None:
         """An event stream goes on piece by piece; anything else once whole, so that a broken one can be retried."""
@@ -302,16 +302,18 @@ class Relay:
             self._begun(trip, hold)
             await reply.whole(upstream.status, headers, body)
             return
-        cutter = Frames() if JOURNAL_HEADER in upstream.headers else Events()
+        if JOURNAL_HEADER not in upstream.headers:
+            raise ConnectionError("its stream has no journal")
+        frames = Frames()
         while piece := await upstream.piece():
-            part = cutter.feed(piece)
+            part = frames.feed(piece)
             if part.events:
                 self._begun(trip, hold)
             await reply.stream(upstream.status, headers, part)
-        rest = cutter.end()
+        frames.end()
         if not reply.started:
             raise ConnectionError("it answers with an empty stream")
-        await reply.end_stream(rest)
+        await reply.end_stream()
 
     def _begun(self, trip: _Trip, hold: Hold) -> None:
         """There is something for the client."""

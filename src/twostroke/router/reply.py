@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
@@ -13,7 +13,6 @@ from twostroke.errors import NoRoom, TooSlow, Unavailable
 from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER, TENANT_HEADER
 
 _PASSED_ON = (b"authorization", b"content-type", b"content-encoding", b"accept", b"traceparent")
-_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 _DIGITS = 9  # of the size of a frame
 _MAX_EVENT = 64 << 20  # bytes of an event, or of the events of a frame; a journal's line counts in
 _TOO_LONG = "its events are too long"
@@ -79,31 +78,7 @@ class Part(NamedTuple):
     """Whole events of a stream, and the lines of the journal that they add."""
 
     events: bytes
-    lines: bytes = b""
-
-
-class Cutter(Protocol):
-    """Cuts a stream where nothing is torn, however it arrives.
-
-    Holding the rest back costs nothing, since it is no event yet; and when the stream breaks, what follows (another
-    worker's events, or the error event that ``Boundary`` adds) stands by itself instead of in the middle of an event.
-    """
-
-    def feed(self, piece: bytes) -> Part:
-        """What is whole now.
-
-        Raises:
-            ConnectionError: this is no such stream.
-        """
-        ...
-
-    def end(self) -> bytes:
-        """What is left at the end of the stream.
-
-        Raises:
-            ConnectionError: the stream ends too early.
-        """
-        ...
+    lines: bytes
 
 
 class _Torn:
@@ -128,35 +103,11 @@ class _Torn:
         return whole
 
 
-class Events:
-    """Cuts a stream of plain events, which can end anywhere."""
-
-    def __init__(self) -> None:
-        self._torn = _Torn()
-        self._last = b""  # bytes of it, in which an end may have begun
-
-    def feed(self, piece: bytes) -> Part:
-        if not self._torn.size and piece.endswith(_EVENT_ENDS):
-            return Part(piece)
-        seam = self._last + piece
-        end = max(seam.rfind(mark) + len(mark) if mark in seam else 0 for mark in _EVENT_ENDS)
-        if not end:
-            self._torn.add(piece)
-            self._last = seam[-3:]
-            return Part(b"")
-        end -= len(self._last)
-        events = self._torn.take() + piece[:end]
-        self._torn.add(piece[end:])
-        self._last = piece[end:][-3:]
-        return Part(events)
-
-    def end(self) -> bytes:
-        return self._torn.take()
-
-
 class Frames:
-    """Cuts a stream with a journal (``messages.Journal``) and takes the journal out.
+    """Cuts a stream where nothing is torn, however it arrives, and takes its journal (``messages.Journal``) out.
 
+    Holding the rest back costs nothing, since it is no event yet; and when the stream breaks, what follows (another
+    worker's events, or the error event that ``Boundary`` adds) stands by itself instead of in the middle of an event.
     Where a frame should begin, the error event of the worker's ``Boundary`` can stand, and is the last; unless it only
     says that this worker goes away.
     """
@@ -167,9 +118,14 @@ class Frames:
         self._done = False
 
     def feed(self, piece: bytes) -> Part:
+        """What is whole now.
+
+        Raises:
+            ConnectionError: this is no such stream.
+        """
         self._torn.add(piece)
         if self._torn.size < self._needed:
-            return Part(b"")
+            return Part(b"", b"")
         buffer = self._torn.take()
         start, events, lines = 0, b"", b""
         self._needed = 0
@@ -195,10 +151,14 @@ class Frames:
         self._done = self._done or events.endswith(DONE)
         return Part(events, lines)
 
-    def end(self) -> bytes:
+    def end(self) -> None:
+        """The stream has ended.
+
+        Raises:
+            ConnectionError: the answer has not.
+        """
         if not self._done or self._torn.size:
             raise ConnectionError("the stream ended before the answer did")
-        return b""
 
 
 class Reply:
@@ -233,9 +193,9 @@ class Reply:
             self.journal += part.lines
         self.done = part.events.endswith(DONE)
 
-    async def end_stream(self, rest: bytes) -> None:
+    async def end_stream(self) -> None:
         """The event stream ended as it should."""
-        await self._send({"type": "http.response.body", "body": rest})
+        await self._send({"type": "http.response.body", "body": b""})
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         self.started = True
