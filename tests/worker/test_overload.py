@@ -2,18 +2,24 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
 from tests.engine.rig import until
 from tests.tiny import generate, make_model
 from twostroke.api.server import bind, build_app, serve
-from twostroke.config import EngineConfig, RouterConfig, WorkerConfig
+from twostroke.config import DirectoryTier, EngineConfig, RouterConfig, WorkerConfig
+from twostroke.engine.runner import Launched
+from twostroke.engine.scheduler import Chunk
+from twostroke.messages import Writing
 from twostroke.router.router import Router
+from twostroke.worker import worker as workers
 from twostroke.worker.internal import internal_routes
 from twostroke.worker.worker import Worker
 
@@ -32,11 +38,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def serving(model: Path, name: str, slots: int) -> AsyncIterator[tuple[Worker, str]]:
+async def serving(model: Path, name: str, slots: int, **more: object) -> AsyncIterator[tuple[Worker, str]]:
+    """``more``: of the worker's configuration."""
     engine = EngineConfig(device="cpu", dtype="float32", kv_memory=slots * BLOCK_BYTES, token_budget=32, threads=1)
     sock = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    worker = Worker(WorkerConfig(str(model), name=name, served_name="tiny", engine=engine), url, "")
+    config = WorkerConfig(str(model), name=name, served_name="tiny", engine=engine)
+    worker = Worker(msgspec.structs.replace(config, **more), url, "")
     stop = asyncio.Event()
     app = build_app(worker, worker.lifecycle, max_body=1 << 20, routes=internal_routes(worker, ""))
     task = asyncio.create_task(serve(app, sock, shutdown_seconds=1, stop=stop))
@@ -92,6 +100,46 @@ async def test_nobody_waits_for_ever(model: Path, p_slots: int, d_slots: int, sc
         for worker in (p, d):
             await until(lambda worker=worker: worker.info().slots.leased == 0)  # type: ignore[misc]
             assert not worker.info().running
+
+
+async def test_decode_waits_for_a_prefill_worker_with_a_queue(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the store, where nothing but P's answer to D's question tells that its blocks will come."""
+    shared = {"link": "store", "store": (DirectoryTier(tmp_path),), "handover_timeout": 0.4}
+    monkeypatch.setattr(workers, "_PATIENCE", 2)  # silences
+    async with AsyncExitStack() as stack:
+        p, p_url = await stack.enter_async_context(serving(model, "p", 6, **shared))
+        d, d_url = await stack.enter_async_context(serving(model, "d", 60, **shared))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        _, url = await stack.enter_async_context(routing(RouterConfig((p_url,), (d_url,), short_prompt=0), session))
+        monkeypatch.setattr(d._ready().engine, "_speed", 0.0)  # else this model would be computed, not loaded, at times
+        monkeypatch.setattr(d._ready().engine, "_measure", lambda step: None)
+        asked, writes = [], p.writes
+
+        def note(message: Writing) -> bool:
+            asked.append(writes(message))
+            return asked[-1]
+
+        monkeypatch.setattr(p, "writes", note)
+        computing = p._ready().engine.model
+        launch = computing.launch
+
+        def slow(chunks: Sequence[Chunk]) -> Launched:
+            time.sleep(0.03)
+            return launch(chunks)
+
+        monkeypatch.setattr(computing, "launch", slow)
+        queue = [asyncio.create_task(ask(session, p_url, prompt(number))) for number in range(4)]
+        await until(lambda: p.info().waiting == 3)
+        async with asyncio.timeout(30):
+            ids, cached = await ask(session, url, prompt(9))
+        assert ids == generate(model, prompt(9), TOKENS)
+        assert cached == 48, "all that need not be computed"
+        assert len(asked) > 2, "by then D would have given up a P that is not at work"
+        assert all(asked)
+        assert not any(e.event == "fallback" for timeline in d.lifecycle._timelines.values() for e in timeline.events)
+        await asyncio.gather(*queue)
 
 
 async def test_conversations_go_on_where_they_are_known(model: Path) -> None:
