@@ -30,7 +30,7 @@ from twostroke.store.direct import NO_ROOM, PAGE, aligned, open_direct, pages, r
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, pack, unpack, verify
 from twostroke.store.inspection import SharedFolder, key_of
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage
+from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage, leading
 
 log = logging.getLogger(__name__)
 _THREADS = 8  # on a network's file system each waits most of the time
@@ -119,7 +119,7 @@ class DirectoryTier:
                 self._known[key] = now
                 used.append(key)
         await self._threads.run(lambda: self._mark(used))
-        return next((index for index, result in enumerate(results) if result is not True), len(results))
+        return leading(results)
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from twostroke.kv.keys import BlockKey
 from twostroke.store.direct import aligned
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, pack, unseal
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Source, Target, TierFailed, Usage
+from twostroke.store.tier import Source, Target, TierFailed, Usage, leading
 
 if TYPE_CHECKING:
     from mooncake.store import MooncakeDistributedStore
@@ -98,8 +99,7 @@ class MooncakeTier:
         """See ``Tier.get``."""
         parts = range(0, len(keys), self._batch)
         came = await self._each(lambda part: self._get(keys, parts[part], target), len(parts))
-        whole = {index for indices in came for index in indices}
-        return next(index for index in range(len(keys) + 1) if index not in whole)
+        return leading(chain.from_iterable(came))
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""
@@ -152,28 +152,27 @@ class MooncakeTier:
                 raise TierFailed(f"Mooncake's master does not answer: error {answer}")
         return [answer == 1 for answer in answers]
 
-    def _get(self, keys: Sequence[BlockKey], first: int, target: Target) -> list[int]:
-        """Indices of the blocks of a batch that came whole."""
+    def _get(self, keys: Sequence[BlockKey], first: int, target: Target) -> list[bool]:
+        """Which of the blocks of a batch came whole."""
         some = keys[first : first + self._batch]
-        came = []
         with self._buffer() as buffer:
             names, count = [self._name(key) for key in some], len(some)
             sizes = self._open_client.batch_get_into(names, buffer.addresses(count), [self._size] * count)
             _check(sizes, _NOT_HERE | {_LARGER})
-            for at, (key, size) in enumerate(zip(some, sizes, strict=True)):
-                if size in _NOT_HERE:
-                    continue
-                try:
-                    value = buffer.object(at)[: max(0, size)]
-                    block = unseal(value, key, self._fingerprint, self._block_bytes)
-                except Corrupt:
-                    with self._lock:
-                        self._damaged += 1
-                    self._open_client.remove(self._name(key), True)
-                    continue
-                if target.place(first + at, block):
-                    came.append(first + at)
-        return came
+            return [
+                size not in _NOT_HERE and self._give(key, buffer.object(at)[: max(0, size)], target, first + at)
+                for at, (key, size) in enumerate(zip(some, sizes, strict=True))
+            ]
+
+    def _give(self, key: BlockKey, value: memoryview, target: Target, index: int) -> bool:
+        try:
+            block = unseal(value, key, self._fingerprint, self._block_bytes)
+        except Corrupt:
+            with self._lock:
+                self._damaged += 1
+            self._open_client.remove(self._name(key), True)
+            return False
+        return target.place(index, block)
 
     def _set(self, keys: Sequence[BlockKey], indices: Sequence[int], source: Source) -> int:
         """Store a batch; how many blocks of it are there now."""

@@ -12,7 +12,7 @@ from twostroke.store.eviction import Policy, Quotas
 from twostroke.store.format import Corrupt, Sealed
 from twostroke.store.shelf import Shelf
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage
+from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage, leading
 
 log = logging.getLogger(__name__)
 PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
@@ -154,7 +154,7 @@ class SlotTier:
             _check(results)
         except OSError as error:
             raise TierFailed(_why(error)) from error
-        return next((i for i, result in enumerate(results) if result is not True), len(results))
+        return leading(results)
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""

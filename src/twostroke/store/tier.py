@@ -5,7 +5,8 @@ and gives what it read and verified to a ``Target``; where a tier is memory, sou
 that memory. Both are called in a tier's own threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
@@ -151,6 +152,11 @@ class Tier(Protocol):
     async def close(self) -> None:
         """Let go of everything. What is stored stays where it outlives the process."""
         ...
+
+
+def leading(came: Iterable[object]) -> int:
+    """What ``Tier.get`` returns: how many of the first ones are True."""
+    return sum(1 for _ in takewhile(lambda one: one is True, came))
 
 
 class MemoryTier:

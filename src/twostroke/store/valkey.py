@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import redis
@@ -12,7 +13,7 @@ from redis.retry import Retry
 from twostroke.kv.keys import BlockKey
 from twostroke.store.format import Corrupt, Header, pack, unseal
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Source, Target, TierFailed, Usage
+from twostroke.store.tier import Source, Target, TierFailed, Usage, leading
 
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 BATCH_BYTES = 8 << 20  # of one reply: the client library holds all of it
@@ -57,8 +58,7 @@ class ValkeyTier:
         """See ``Tier.get``."""
         parts = range(0, len(keys), self._batch)
         came = await self._each(lambda part: self._get(keys, parts[part], target), len(parts))
-        whole = [index for indices in came for index in indices]
-        return next(index for index in range(len(keys) + 1) if index not in set(whole))
+        return leading(chain.from_iterable(came))
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""
@@ -84,24 +84,24 @@ class ValkeyTier:
                 pipeline.exists(self._key(key))
             return [bool(here) for here in pipeline.execute()]
 
-    def _get(self, keys: Sequence[BlockKey], first: int, target: Target) -> list[int]:
-        """Indices of the blocks of a batch that came whole."""
+    def _get(self, keys: Sequence[BlockKey], first: int, target: Target) -> list[bool]:
+        """Which of the blocks of a batch came whole."""
         some = keys[first : first + self._batch]
         values = self._client.mget([self._key(key) for key in some])
-        came = []
-        for index, (key, value) in enumerate(zip(some, values, strict=True), first):
-            if not isinstance(value, bytes):
-                continue
-            try:
-                block = unseal(memoryview(value), key, self._fingerprint, self._block_bytes)
-            except Corrupt:
-                with self._lock:
-                    self._damaged += 1
-                self._client.delete(self._key(key))
-                continue
-            if target.place(index, block):
-                came.append(index)
-        return came
+        return [
+            isinstance(value, bytes) and self._give(key, memoryview(value), target, index)
+            for index, (key, value) in enumerate(zip(some, values, strict=True), first)
+        ]
+
+    def _give(self, key: BlockKey, value: memoryview, target: Target, index: int) -> bool:
+        try:
+            block = unseal(value, key, self._fingerprint, self._block_bytes)
+        except Corrupt:
+            with self._lock:
+                self._damaged += 1
+            self._client.delete(self._key(key))
+            return False
+        return target.place(index, block)
 
     def _set(self, key: BlockKey, source: Source, index: int) -> bool:
         block = source.block(index)
