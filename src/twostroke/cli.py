@@ -5,7 +5,6 @@ What a process needs is imported when its verb is chosen, so that ``--help`` and
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
@@ -18,6 +17,7 @@ from twostroke.errors import StartupError
 from twostroke.messages import Role
 from twostroke.options import DEFAULT_OPTIONS, EngineOptions
 from twostroke.router.commands import app as workers
+from twostroke.store.commands import app as kv
 
 EXIT_USAGE = 2
 
@@ -29,6 +29,7 @@ app = App(
     default_parameter=Parameter(negative=()),
 )
 app.command(bench)
+app.command(kv)
 app.command(workers)
 
 Urls = Annotated[tuple[str, ...], Parameter(consume_multiple=True)]
@@ -381,116 +382,6 @@ def store(
     from twostroke.store.process import run
 
     return run(settings)
-
-
-kv = App(
-    name="kv",
-    help="Look at, pin, check and clean the KV blocks of tiers.",
-    help_epilogue="WHERE is a PATH, as in --store disk:PATH:SIZE or dir:PATH; the http://HOST:PORT of a running "
-    "worker, for all of its tiers; or the HOST:PORT of a running cache service. What runs wants its TWOSTROKE_SECRET. "
-    "Files that a running worker or service owns (disk) can be looked at by PATH, and changed only through it.",
-)
-app.command(kv)
-
-Where = Annotated[str, Parameter(help="PATH, http://HOST:PORT of a worker, or HOST:PORT of a cache service.")]
-Salt = Annotated[str, Parameter(help="The cache_salt of the requests that use the prompt.")]
-
-
-@kv.command
-def stats(where: Where, /) -> int:
-    """What is there: blocks and bytes of each layout."""
-    from twostroke import kvs
-
-    return kvs.stats(where)
-
-
-@kv.command
-def ls(where: Where, /, *, limit: int = 50) -> int:
-    """List blocks, the youngest first.
-
-    Parameters
-    ----------
-    limit
-        Most blocks to list; of what runs, at most 500.
-    """
-    from twostroke import kvs
-
-    return kvs.ls(where, limit)
-
-
-@kv.command
-def verify(where: Where, /) -> int:
-    """Read every block and check it. The exit code is 1 if any is damaged. What runs sets that aside at once.
-
-    In files nothing is changed.
-    """
-    from twostroke import kvs
-
-    return kvs.verify(where)
-
-
-@kv.command
-def gc(where: Where, /, *, keep: str | None = None) -> int:
-    """Remove what is damaged or unfinished.
-
-    Parameters
-    ----------
-    keep
-        In shared directories also the least recently used blocks, until each layout takes no more than this.
-    """
-    from twostroke import kvs
-
-    return kvs.gc(where, None if keep is None else parse_size(keep))
-
-
-@kv.command
-def clear(where: Where, /, *, fingerprint: str | None = None) -> int:
-    """Remove every block, pinned ones too. The exit code is 1 if some could not be.
-
-    Parameters
-    ----------
-    fingerprint
-        In files: only those of this layout.
-    """
-    from twostroke import kvs
-
-    return kvs.clear(where, fingerprint)
-
-
-@kv.command
-def pin(where: Where, /, *keys: str, all: bool = False, prompt: Path | None = None, salt: Salt = "") -> int:
-    """Never evict these blocks; where blocks outlive a restart, so do pins. They count to the tier's budget.
-
-    Parameters
-    ----------
-    keys
-        As `twostroke kv ls` shows them.
-    all
-        Every block that is there now.
-    prompt
-        A file with the text that prompts begin with; for a running worker.
-    """
-    from twostroke import kvs
-
-    return kvs.pin(where, keys, every=all, prompt=prompt, salt=salt, pinned=True)
-
-
-@kv.command
-def unpin(where: Where, /, *keys: str, all: bool = False, prompt: Path | None = None, salt: Salt = "") -> int:
-    """Let blocks be evicted again.
-
-    Parameters
-    ----------
-    keys
-        As `twostroke kv ls` shows them.
-    all
-        Every block that is there now.
-    prompt
-        A file with the text that prompts begin with; for a running worker.
-    """
-    from twostroke import kvs
-
-    return kvs.pin(where, keys, every=all, prompt=prompt, salt=salt, pinned=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
