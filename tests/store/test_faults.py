@@ -114,6 +114,22 @@ async def test_a_directory_that_becomes_read_only(tmpfs: Path) -> None:
     await tier.close()
 
 
+async def test_a_directory_that_is_read_only_from_the_start(tmpfs: Path) -> None:
+    """A node that may only read finds what others have written; of another model's there is no tier for it."""
+    await filled("dir", tmpfs)
+    subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
+    tier = make("dir", tmpfs)
+    await tier.open()
+    assert await survey(tier) == len(MANY)
+    more = keys(100, 101)
+    assert await tier.put(more, Given(more)) == 0
+    await tier.close()
+    other = DirectoryTier(tmpfs, BYTES, OTHER)
+    with pytest.raises(TierFailed, match="ead-only"):
+        await other.open()
+    await other.close()
+
+
 async def test_a_disk_that_is_read_only_at_start(tmpfs: Path) -> None:
     await filled("disk", tmpfs)
     subprocess.run(["mount", "-o", "remount,ro", tmpfs], check=True)
@@ -154,8 +170,17 @@ async def test_a_path_that_is_a_file(tmp_path: Path) -> None:
             await tier.open()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("disk", "preadv"),
+        ("disk", "pwritev"),
+        ("dir", "preadv"),
+        ("dir", "pwritev"),
+        ("dir", "rename"),
+        ("dir", "open"),
+    ],
+)
 async def test_an_io_error(tmp_path: Path, name: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a dying disk gives them: the tier fails, nothing wrong comes of it, and opened again it works."""
     await filled(name, tmp_path)
@@ -163,16 +188,16 @@ async def test_an_io_error(tmp_path: Path, name: str, call: str, monkeypatch: py
     await tier.open()
     more, work, calls = keys(*range(100, 120)), getattr(os, call), iter(range(10**9))
 
-    def fail(fd: int, *arguments: object) -> int:
+    def fail(*arguments: object, **more: object) -> object:
         if next(calls) % 3 == 2:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return int(work(fd, *arguments))
+        return work(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         target = Taken()
         with pytest.raises(TierFailed, match="nput/output error"):
-            await (tier.get(MANY, target) if call == "preadv" else tier.put(more, Given(more)))
+            await (tier.put(more, Given(more)) if call in ("pwritev", "rename") else tier.get(MANY, target))
         assert target.right(MANY)
         assert not list(tmp_path.glob("*/tmp/*")), "nothing unfinished is left"
     await tier.open()

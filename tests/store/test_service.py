@@ -205,29 +205,54 @@ async def test_a_lifetime_that_ends_while_a_block_is_read() -> None:
 
 
 def test_killed_and_started_again_it_has_what_was_on_its_disk(tmp_path: Path) -> None:
-    port = free_port()
+    """Killed in the middle of writing; what did get onto the disk is right."""
+    port, more = free_port(), keys(*range(100, 300))
 
-    async def write() -> None:
+    async def write(popen: "subprocess.Popen[bytes]") -> None:
         async with client(port, secret="") as tier:
             assert await tier.put(MANY, Given(MANY)) == len(MANY)
             async with asyncio.timeout(20):
                 while not tier._reports or tier._reports[-1].blocks < len(MANY):
                     await tier.open()
+            asyncio.get_running_loop().call_later(0.05, popen.kill)
+            with pytest.raises(TierFailed):
+                await write_on(tier)
+
+    async def write_on(tier: ServiceTier) -> None:
+        for first in range(10**9):
+            some = more[7 * first % 180 :][:20]
+            await tier.put(some, Given(some))
 
     async def read(popen: "subprocess.Popen[bytes]") -> None:
         async with client(port, secret="") as tier:
             target = Taken()
             assert await tier.get(MANY, target) == len(MANY)
             assert target.right(MANY)
+            here = [one for one, there in zip(more, await tier.contains(more), strict=True) if there]
+            target = Taken()
+            await tier.get(here, target)
+            assert target.right(here)
+            assert await tier.put(more[:20], Given(more[:20])) == 20
             popen.kill()
             popen.wait()
             with pytest.raises(TierFailed):
                 await tier.get(MANY, Taken())
 
-    with process(tmp_path, port):
-        asyncio.run(write())
+    with process(tmp_path, port) as popen:
+        asyncio.run(write(popen))
     with process(tmp_path, port) as popen:
         asyncio.run(read(popen))
+
+
+async def test_two_that_write_the_same_blocks_at_once() -> None:
+    """They are there once, and right."""
+    async with serving(MEMORY) as (_, port), client(port) as one, client(port) as other:
+        await asyncio.gather(*(tier.put(MANY, Given(MANY)) for tier in (one, other) for _ in range(3)))
+        target = Taken()
+        assert await other.get(MANY, target) == len(MANY)
+        assert target.right(MANY)
+        await one.open()
+        assert one.usage().blocks == len(MANY)
 
 
 def test_one_that_is_stopped_is_given_up_and_works_when_it_goes_on(
