@@ -16,7 +16,7 @@ import uvloop
 from msgspec import Struct
 
 from twostroke.api.http import DONE
-from twostroke.api.server import bind
+from twostroke.api.serving import bind
 from twostroke.messages import ALIVE_SECONDS, JOURNAL_HEADER, Slots, WorkerInfo, encode
 
 TOKEN = b'data: {"id":"cmpl-0","object":"text_completion","choices":[{"index":0,"text":" token"}]}\n\n'

@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from twostroke import config as configs
-from twostroke.api.server import bind
+from twostroke.api.serving import bind
 from twostroke.children import Child
 from twostroke.config import UpConfig
 from twostroke.lent import lend

@@ -12,8 +12,9 @@ from openai import AsyncOpenAI
 from tests.tiny_tokenizer import build_tokenizer
 from twostroke.api.call import Setting
 from twostroke.api.lifecycle import Lifecycle
-from twostroke.api.server import bind, build_app, serve
+from twostroke.api.server import build_app
 from twostroke.api.service import Load
+from twostroke.api.serving import bind, serve
 from twostroke.errors import TwostrokeError, Unavailable
 from twostroke.messages import ForeignTicket, KvTransfer, ModelCard, Output, Request, Ticket, Token
 from twostroke.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twostroke.api import alive
 from twostroke.api.alive import Alive
 from twostroke.api.http import EVENT_STREAM, reply
-from twostroke.api.server import bind, serve
+from twostroke.api.serving import bind, serve
 from twostroke.messages import ALIVE_HEADER, JOURNAL_HEADER
 
 INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n"

@@ -8,7 +8,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import read_body, reply
-from twostroke.api.server import bind, serve
+from twostroke.api.serving import bind, serve
 
 STREAM = [(b"content-type", b"text/event-stream")]
 CHUNK = b'data: {"choices":[{"index":0,"text":"x"}]}\n\n'

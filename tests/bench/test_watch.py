@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import reply
 from twostroke.api.lifecycle import Gauges, Lifecycle, StoreCollector
-from twostroke.api.server import bind, serve
+from twostroke.api.serving import bind, serve
 from twostroke.bench import watch
 from twostroke.bench.watch import Watched, read_metrics, watching
 from twostroke.messages import TierReport

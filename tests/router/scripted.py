@@ -10,7 +10,8 @@ from msgspec import Struct, structs
 from starlette.types import Receive, Scope, Send
 
 from twostroke.api.http import reply
-from twostroke.api.server import Timeline, bind, serve
+from twostroke.api.server import Timeline
+from twostroke.api.serving import bind, serve
 from twostroke.config import RouterConfig
 from twostroke.messages import (
     JOURNAL_HEADER,

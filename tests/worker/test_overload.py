@@ -13,7 +13,8 @@ import pytest
 
 from tests.engine.rig import until
 from tests.tiny import generate, make_model
-from twostroke.api.server import bind, build_app, serve
+from twostroke.api.server import build_app
+from twostroke.api.serving import bind, serve
 from twostroke.config import DirectoryTier, EngineConfig, RouterConfig, WorkerConfig
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twostroke.api.http import read_body
 from twostroke.api.keys import Guard
 from twostroke.api.lifecycle import Gauges, Lifecycle
-from twostroke.api.server import Boundary, Health, Timeline, bind, serve
+from twostroke.api.server import Boundary, Health, Timeline
+from twostroke.api.serving import bind, serve
 from twostroke.config import RouterConfig, cluster_secret
 from twostroke.errors import MethodNotAllowed, NotFound, Unavailable, WorkerLost
 from twostroke.messages import SECRET_HEADER, TimelineEvent, encode

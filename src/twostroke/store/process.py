@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import uvloop
 
-from twostroke.api.server import bind
+from twostroke.api.serving import bind
 from twostroke.config import StoreConfig, check_quota, cluster_secret
 from twostroke.kv.copying import kernel
 from twostroke.store.disk import disk_tier

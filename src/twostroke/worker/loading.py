@@ -10,7 +10,7 @@ import torch
 
 from twostroke import config as configs
 from twostroke import models
-from twostroke.api.server import bind
+from twostroke.api.serving import bind
 from twostroke.config import (
     CPU_KV_MEMORY,
     TOKEN_BUDGET,

@@ -15,8 +15,9 @@ import msgspec
 import uvloop
 
 from twostroke.api.lifecycle import Gauges, Lifecycle, StoreCollector
-from twostroke.api.server import bind, build_app, serve
+from twostroke.api.server import build_app
 from twostroke.api.service import Load
+from twostroke.api.serving import bind, serve
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
 from twostroke.engine.engine import MEASURED_TOKENS, Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, NoRoom, NotFound, Overloaded, RequestError, Unavailable
