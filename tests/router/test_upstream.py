@@ -76,6 +76,19 @@ async def test_a_request_and_its_reply_on_a_connection_that_is_kept() -> None:
         assert server.connections == 5
 
 
+async def test_a_reply_that_nobody_has_read_is_not_the_next_ones() -> None:
+    """Its client left when it was here already. Nobody else may get any of it."""
+    async with serving(echoing) as (server, upstream):
+        for leave in (True, False):
+            async with asyncio.timeout(10), upstream.post(server.url, "/x", HEADERS, b"of %d" % leave) as reply:
+                await until(lambda reply=reply: reply._connection.over)  # type: ignore[misc]
+                text = b"" if leave else await reply.read()
+        assert text.startswith(b"POST /x HTTP/1.1\r\n")
+        assert text.count(b"POST") == 1
+        assert text.endswith(b"of 0")
+        assert server.connections == 2
+
+
 async def test_large_bodies_both_ways() -> None:
     async with serving(echoing) as (server, upstream):
         body = bytes(range(256)) * (40 << 10)  # 10 MiB, more than what may lie unread

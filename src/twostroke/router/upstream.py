@@ -130,7 +130,7 @@ class Exchange:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._connection.over and self._connection.usable:
+        if self._connection.spent and self._connection.usable:
             self._upstream.keep(self._base, self._connection)
         else:
             self._connection.close()
@@ -156,6 +156,11 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._quiet = 0  # looks in which somebody waited in vain
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Whether the reply is complete and was read: what is left of it would be the beginning of the next one."""
+        return self.over and not self._pieces
 
     # the exchange
 
