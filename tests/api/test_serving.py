@@ -1,6 +1,7 @@
 """Sockets, and signals that end a server."""
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -8,7 +9,7 @@ import sys
 import aiohttp
 import pytest
 
-from twostroke.api.serving import bind
+from twostroke.api.serving import bind, settled
 from twostroke.errors import PortInUse, StartupError
 
 
@@ -24,6 +25,17 @@ def test_addresses_that_cannot_be() -> None:
     for host, port in (("no host", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(StartupError, match="cannot listen"):
             bind(host, port)
+
+
+def test_what_is_settled_is_not_looked_through_again() -> None:
+    before = gc.get_threshold()
+    try:
+        settled()
+        assert gc.get_freeze_count() > 10_000
+        assert len(gc.get_objects()) < 10_000
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 _SERVER = """

@@ -17,7 +17,7 @@ import uvloop
 from twostroke.api.lifecycle import Gauges, Lifecycle, StoreCollector
 from twostroke.api.server import build_app
 from twostroke.api.service import Load
-from twostroke.api.serving import bind, serve
+from twostroke.api.serving import bind, serve, settled
 from twostroke.config import WorkerConfig, cluster_secret, is_loopback
 from twostroke.engine.engine import MEASURED_TOKENS, Admitted, Job, Progress, Update
 from twostroke.errors import EngineFailed, NoRoom, NotFound, Overloaded, RequestError, Unavailable
@@ -485,6 +485,7 @@ async def _run(config: WorkerConfig) -> int:
         await asyncio.wait({serving, starting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            settled()
             await asyncio.wait({serving, dying, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if died.is_set():
             log.critical("the engine thread ended: the worker cannot go on")
