@@ -343,6 +343,21 @@ async def test_what_the_router_gives_up_is_let_go_at_once(llama: Path) -> None:
             await anext(stage.attach())
 
 
+async def test_what_the_router_gives_up_before_it_begins_does_not_begin(llama: Path) -> None:
+    """Its word comes on another connection than its request, and may overtake that."""
+    async with staged(llama) as stage:
+        for message in (Abandon("h", 0), Abandon("other", 1)):
+            stage.producer.abandon(message)
+        with pytest.raises(Conflict, match="gave it up"):
+            await stage.produced()
+        with pytest.raises(Conflict, match="gave it up"):
+            await anext(stage.attach())
+        assert (stage.producer.open, stage.leased) == (0, 0)
+        await stage.produced(attempt=1)
+        assert stage.leased
+        stage.producer.abandon(Abandon("h", 1))
+
+
 async def test_who_comes_late_is_told(llama: Path) -> None:
     async with staged(llama) as stage:
         await stage.produced()

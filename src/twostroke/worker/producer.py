@@ -30,6 +30,7 @@ from twostroke.messages import (
 )
 
 _ANOTHER_PROMPT = "the producer and the consumer were sent different prompts"
+_GIVEN_UP = "the router gave it up"
 _REMEMBERED = 4096  # hand-overs that are over, so that whoever comes late is told at once
 
 
@@ -148,7 +149,9 @@ class Producer:
         self._queue_timeout = queue_timeout
         self._heartbeat = heartbeat
         self._exports: dict[str, Export] = {}
-        self._over: OrderedDict[tuple[str, int], str] = OrderedDict()  # id and attempt → why
+        self._over: OrderedDict[tuple[str, int], str] = (
+            OrderedDict()
+        )  # id, or how all of a ticket's begin, and attempt → why
 
     async def produce(
         self, request: Request, handover: str, attempt: int, *, loads: bool = False
@@ -163,8 +166,7 @@ class Producer:
             Conflict: the same hand-over was asked for before, or its consumer has another prompt.
             RequestError: the prefill failed, or the consumer ended it.
         """
-        if reason := self._over.get((handover, attempt)):
-            raise Conflict(f"hand-over {handover} is over: {reason}")
+        self._check(handover, attempt)
         export = self._export(handover, attempt)
         if not export.accepts(ProducerEvent.REQUEST) or export.attempt != attempt:
             raise Conflict(f"hand-over {handover} is under way already, as attempt {export.attempt}")
@@ -233,10 +235,13 @@ class Producer:
         return Confirmed(alive)
 
     def abandon(self, message: Abandon) -> None:
-        """End the hand-overs of a ticket: with no consumer they would hold their slots until they expire."""
+        """End the hand-overs of a ticket, also those that are yet to come: the router's word may overtake its request.
+        With no consumer they would hold their slots until they expire.
+        """
         for handover, export in list(self._exports.items()):
-            if handover.rpartition("/")[0] == message.handover and export.attempt == message.attempt:
-                export.fail("the router gave it up")
+            if _of_ticket(handover) == message.handover + "/" and export.attempt == message.attempt:
+                export.fail(_GIVEN_UP)
+        self._bury(message.handover + "/", message.attempt, _GIVEN_UP)
 
     def exported(self, handover: str, attempt: int) -> Lease | None:
         """What a hand-over holds for its consumer; none if it is over. From any thread."""
@@ -260,8 +265,7 @@ class Producer:
                 f"layouts differ: the consumer has {message.fingerprint} (protocol {message.protocol}), "
                 f"the producer {fingerprint} (protocol {PROTOCOL}); serve the same model, dtype and block size"
             )
-        if reason := self._over.get((message.handover, message.attempt)):
-            raise Conflict(f"hand-over {message.handover} is over: {reason}")
+        self._check(message.handover, message.attempt)
         export = self._export(message.handover, message.attempt)
         if not export.accepts(ProducerEvent.ATTACH) or export.attempt != message.attempt:
             raise Conflict(f"hand-over {message.handover} has a consumer already, or is attempt {export.attempt}")
@@ -312,10 +316,20 @@ class Producer:
         self._exports[handover] = export
         return export
 
+    def _check(self, handover: str, attempt: int) -> None:
+        """``Conflict`` if it is over."""
+        if reason := self._over.get((handover, attempt)) or self._over.get((_of_ticket(handover), attempt)):
+            raise Conflict(f"hand-over {handover} is over: {reason}")
+
     def _bury(self, handover: str, attempt: int, reason: str) -> None:
         self._over[handover, attempt] = reason
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
+
+
+def _of_ticket(handover: str) -> str:
+    """How the names of all hand-overs of its ticket begin."""
+    return handover[: handover.rfind("/") + 1]
 
 
 def _at(pool: PoolAddress, reached: str) -> PoolAddress:
