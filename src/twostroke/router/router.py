@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.routing import Router as Pages
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from twostroke.api.http import read_body
+from twostroke.api.http import KEEP_ALIVE, read_body
 from twostroke.api.keys import Guard
 from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import Boundary, Health, Timeline
@@ -44,7 +44,6 @@ RELAYED_PATHS = (
     "/server_info",
 )
 _ROOM_SECONDS = 0.25  # between tries of who waits for room: requests of others end unseen
-_KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
 _ASK = aiohttp.ClientTimeout(total=5.0)  # a worker that only has to look something up
 _GLANCE = aiohttp.ClientTimeout(total=1.0)  # a person waits, and the others' answers are good without this one's
 _GENERATE = aiohttp.ClientTimeout(total=30.0)  # /health_generate waits for a token
@@ -223,7 +222,7 @@ def run(config: RouterConfig) -> int:
 
 
 async def _run(config: RouterConfig, sock: socket.socket) -> None:
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
     async with aiohttp.ClientSession(
         connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
     ) as session:

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from twostroke.api.http import KEEP_ALIVE
 from twostroke.errors import BadRequest
 
 CONNECT_SECONDS = 5.0
 SILENCE = 3.0  # seconds of waiting in which nothing comes, not even a sign of life: the connection is dead
 _LOOKS = 6  # in that time. They are counted, not the time: a router that was held up itself has heard nobody
-_KEEP_ALIVE = 3.0  # seconds; below the 5 after which the workers' HTTP server closes an idle connection
 _MAX_HEAD = 64 << 10  # bytes
 _HIGH = 1 << 20  # unread bytes at which a connection reads no more, until they are read
 
@@ -54,7 +54,7 @@ class Upstream:
         idle, now = self._idle[base], time.monotonic()
         while idle:
             connection = idle.pop()  # the one that was used last
-            if connection.usable and now - connection.idle_since < _KEEP_ALIVE:
+            if connection.usable and now - connection.idle_since < KEEP_ALIVE:
                 return connection
             connection.close()
         parts = urlsplit(base)
@@ -74,7 +74,7 @@ class Upstream:
         connection.idle_since = time.monotonic()
         idle = self._idle[base]
         idle.append(connection)
-        while idle and not (idle[0].usable and connection.idle_since - idle[0].idle_since < _KEEP_ALIVE):
+        while idle and not (idle[0].usable and connection.idle_since - idle[0].idle_since < KEEP_ALIVE):
             idle.popleft().close()
 
 

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 import uvloop
 
+from twostroke.api.http import KEEP_ALIVE
 from twostroke.api.lifecycle import Gauges, Lifecycle, StoreCollector
 from twostroke.api.server import build_app
 from twostroke.api.service import Load
@@ -107,7 +108,7 @@ class Worker:
             self._offload = Offload(loaded.engine, store, loaded.staging, self.lifecycle, loaded.memory.address)
             self.lifecycle.collect(StoreCollector(store.reports))
             await self._offload.open()
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE))
         self.producer = Producer(
             loaded.engine,
             loaded.offers,
