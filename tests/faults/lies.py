@@ -9,7 +9,8 @@ from collections.abc import Callable
 from tests.faults.fleet import ATTACH, DECODE, PREFILL, SECRET
 from tests.faults.stage import Stage, happened, row
 from tests.links.faults import Faults
-from twostroke.links.frames import BLOCK, HEADER, MAX_MESSAGE
+from twostroke.links.frames import BLOCK, MAX_MESSAGE
+from twostroke.links.framing import HEADER
 from twostroke.messages import SECRET_HEADER, TICKET_HEADER
 
 _REQUEST = re.compile(

@@ -13,28 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from tests.links.faults import Faults, Proxy, proxy
 from tests.peer_process import CLAIM, content
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes, PoolMemory, host_id
 from twostroke.kv.pool import Lease, Pool
-from twostroke.links import frames, link, tcp
-from twostroke.links.frames import (
-    HEADER,
-    MAX_MESSAGE,
-    MAX_SLOTS,
-    Challenge,
-    Hello,
-    Kind,
-    Proof,
-    Read,
-    check_proof,
-    message,
-    parse_header,
-    parse_message,
-    prove,
-)
+from twostroke.links import link, tcp
+from twostroke.links.frames import FRAMING, MAX_MESSAGE, MAX_SLOTS, Challenge, Hello, Read
+from twostroke.links.framing import HEADER, Kind, Proof
 from twostroke.links.link import Claim, Failures, Link, Way, choose
 from twostroke.links.shm import SharedMemoryLink
 from twostroke.links.staging import HostStaging
@@ -156,9 +144,9 @@ async def test_no_secret_at_all_is_a_secret_too(monkeypatch: pytest.MonkeyPatch)
 async def test_a_connection_that_the_server_closed_is_made_anew() -> None:
     with pair() as both:
         await both.read([0], [0])
-        for wire in list(both.server._threads):
+        for wire in list(both.server._listener.threads):
             wire.abort()
-        while both.server._threads:  # noqa: ASYNC110 - threads
+        while both.server._listener.threads:  # noqa: ASYNC110 - threads
             await asyncio.sleep(0.005)
         await both.read([1], [1])
         assert (both.own[:2] == both.theirs[:2]).all()
@@ -212,10 +200,9 @@ async def test_a_server_that_does_not_know_the_secret() -> None:
         def fake() -> None:
             raw, _ = listening.accept()
             with raw:
-                wire, deadline = Wire(raw), time.monotonic() + 5
-                hello = wire.message(Hello, deadline)
-                wire.send(message(Challenge(hello.nonce, "producer", SLOTS, 3000)), seconds=1)
-                wire.send(message(wire.message(Proof, deadline)), seconds=1)
+                wire, deadline = Wire(raw, FRAMING), time.monotonic() + 5
+                wire.say(Challenge(wire.hear(Hello, deadline).nonce, "producer", SLOTS, 3000), 1)
+                wire.say(wire.hear(Proof, deadline), 1)
 
         thread = threading.Thread(target=fake)
         thread.start()
@@ -279,11 +266,11 @@ async def test_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     with pair() as both:
         with socket.create_connection(both.target) as raw:
             raw.sendall(newer)
-            wire = Wire(raw)
-            with pytest.raises(HandoverFailed, match=f"refused: the peer speaks protocol {PROTOCOL + 1}"):
-                wire.message(Challenge, time.monotonic() + 5)
-        with pytest.raises(HandoverFailed, match="protocol"):
-            parse_header(newer)
+            wire = Wire(raw, FRAMING)
+            with pytest.raises(HandoverFailed, match=f"refused: the other end speaks version {PROTOCOL + 1}"):
+                wire.hear(Challenge, time.monotonic() + 5)
+        with pytest.raises(HandoverFailed, match="version"):
+            FRAMING.parse_header(newer)
 
 
 async def test_nobody_listens(hasty: None) -> None:
@@ -312,15 +299,15 @@ def talk(both: Pair, data: bytes) -> bytes:
 
 
 def test_garbage_truncated_and_oversized_frames() -> None:
-    hello = message(Hello(bytes(32)))
+    hello = FRAMING.message(Hello(bytes(32)))
     with pair() as both:
         assert b"does not speak" in talk(both, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"not expected" in talk(both, HEADER.pack(b"2stk", PROTOCOL, Kind.MESSAGE, MAX_MESSAGE + 1))
         assert b"not expected" in talk(both, HEADER.pack(b"2stk", PROTOCOL, Kind.BLOCK, 3024))
         assert b"not expected" in talk(both, HEADER.pack(b"2stk", PROTOCOL, 9, 1))
-        assert b"Proof instead of Hello" in talk(both, message(Proof(bytes(32))))
-        assert b"Read instead of Proof" in talk(both, hello + message(Read(1, *CLAIM, [0])))
-        assert b"secret differs" in talk(both, hello + message(Proof(bytes(32))))
+        assert b"Proof instead of Hello" in talk(both, FRAMING.message(Proof(bytes(32))))
+        assert b"Read instead of Proof" in talk(both, hello + FRAMING.message(Read(1, *CLAIM, [0])))
+        assert b"secret differs" in talk(both, hello + FRAMING.message(Proof(bytes(32))))
         for end in range(len(hello)):
             assert talk(both, hello[:end]) == b""
         both.read_all()
@@ -340,12 +327,15 @@ def test_what_was_recorded_cannot_be_replayed() -> None:
 def test_a_request_that_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody in between repeats a frame."""
 
-    def repeat(content: frames.Message) -> bytes:
-        return message(content) * (2 if isinstance(content, Read) else 1)
+    say = Wire.say
+
+    def repeat(self: Wire, content: Struct, seconds: float) -> None:
+        for _ in range(2 if isinstance(content, Read) else 1):
+            say(self, content, seconds)
 
     with pair() as both:
         both.read_all()
-        monkeypatch.setattr(tcp, "message", repeat)
+        monkeypatch.setattr(Wire, "say", repeat)
         asyncio.run(both.read([0], [0]))
         connection = both.link._idle[0]
         with pytest.raises(HandoverFailed):  # what the server says of it is no answer to the next one
@@ -360,7 +350,7 @@ async def test_a_silent_stranger_is_shown_out(hasty: None) -> None:
 
 
 async def test_no_more_connections_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("twostroke.links.wire.MAX_CONNECTIONS", 2)
     with pair() as both:
         held = [socket.create_connection(both.target, timeout=5) for _ in range(3)]
         assert await asyncio.to_thread(held[2].recv, 1) == b""
@@ -373,16 +363,16 @@ async def test_no_more_connections_than_there_may_be(monkeypatch: pytest.MonkeyP
 @given(data=st.binary(min_size=HEADER.size, max_size=HEADER.size), block=st.none() | st.integers(0, 2**31))
 def test_any_header(data: bytes, block: int | None) -> None:
     try:
-        kind, size = parse_header(data, block)
+        kind, size = FRAMING.parse_header(data, block)
     except HandoverFailed:
         return
     assert size <= MAX_MESSAGE if kind is Kind.MESSAGE else block is not None and size == block + 24
 
 
 @given(data=st.binary(max_size=200), wanted=st.sampled_from([Hello, Challenge, Proof, Read]))
-def test_any_body(data: bytes, wanted: type[Hello]) -> None:
+def test_any_body(data: bytes, wanted: type[Struct]) -> None:
     with pytest.raises(HandoverFailed):
-        parse_message(data, wanted)
+        FRAMING.parse_message(data, wanted)
 
 
 def test_bodies_that_are_out_of_bounds() -> None:
@@ -401,38 +391,38 @@ def test_bodies_that_are_out_of_bounds() -> None:
     ]
     for body in bodies:
         with pytest.raises(HandoverFailed):
-            parse_message(msgspec.msgpack.encode(body), Read)
+            FRAMING.parse_message(msgspec.msgpack.encode(body), Read)
 
 
 @given(data=st.data())
 def test_messages_survive_the_wire_and_damage_is_seen_or_harmless(data: st.DataObject) -> None:
     read = Read(data.draw(st.integers(0, 2**31 - 1)), "h/0", 3, data.draw(st.lists(st.integers(0, 99), min_size=1)))
-    frame = bytearray(message(read))
-    _, size = parse_header(frame[: HEADER.size])
+    frame = bytearray(FRAMING.message(read))
+    _, size = FRAMING.parse_header(frame[: HEADER.size])
     assert size == len(frame) - HEADER.size
-    assert parse_message(frame[HEADER.size :], Read) == read
+    assert FRAMING.parse_message(frame[HEADER.size :], Read) == read
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        parse_header(frame[: HEADER.size])
-        parse_message(frame[HEADER.size :], Read)
+        FRAMING.parse_header(frame[: HEADER.size])
+        FRAMING.parse_message(frame[HEADER.size :], Read)
     except HandoverFailed:
         pass
 
 
 def test_a_proof_is_good_for_one_side_of_one_connection() -> None:
     hello, challenge = Hello(bytes(32)), Challenge(bytes(32), "i", 2, 8)
-    good = prove("client", "s", hello, challenge)
-    check_proof(good, prove("client", "s", hello, challenge))
+    good = FRAMING.prove("client", "s", hello, challenge)
+    FRAMING.check_proof(good, FRAMING.prove("client", "s", hello, challenge))
     other = [
-        prove("server", "s", hello, challenge),
-        prove("client", "t", hello, challenge),
-        prove("client", "s", Hello(b"\1" * 32), challenge),
-        prove("client", "s", hello, msgspec.structs.replace(challenge, nonce=b"\1" * 32)),
-        prove("client", "s", hello, msgspec.structs.replace(challenge, num_slots=3)),
+        FRAMING.prove("server", "s", hello, challenge),
+        FRAMING.prove("client", "t", hello, challenge),
+        FRAMING.prove("client", "s", Hello(b"\1" * 32), challenge),
+        FRAMING.prove("client", "s", hello, msgspec.structs.replace(challenge, nonce=b"\1" * 32)),
+        FRAMING.prove("client", "s", hello, msgspec.structs.replace(challenge, num_slots=3)),
     ]
     for proof in other:
         with pytest.raises(HandoverFailed):
-            check_proof(proof, good)
+            FRAMING.check_proof(proof, good)
 
 
 # -- what the network does -------------------------------------------------------------------------------------------

@@ -21,10 +21,11 @@ from twostroke import cli
 from twostroke.config import DiskTier, StoreConfig
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes
+from twostroke.links.framing import HEADER
 from twostroke.messages import PoolAddress
 from twostroke.store import service
 from twostroke.store.format import Sealed
-from twostroke.store.frames import HEADER, MAX_MESSAGE, VERSION, Mask, message, parse_header, parse_message, split
+from twostroke.store.frames import FRAMING, MAX_MESSAGE, VERSION, Mask, split
 from twostroke.store.host import HostTier
 from twostroke.store.process import tiers
 from twostroke.store.server import Server
@@ -300,7 +301,7 @@ async def test_a_network_that_fails_in_the_middle(faults: Faults, monkeypatch: p
             await tier.get(MANY, target)
             assert target.right(MANY)
             assert await tier.get(keys(*range(100, 140)), Taken()) < 40
-        await until(lambda: not server._wires)
+        await until(lambda: not server._listener.threads)
 
 
 async def test_bits_that_flip_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +330,7 @@ async def test_a_client_that_vanishes_leaves_nothing(monkeypatch: pytest.MonkeyP
             tier = ServiceTier("127.0.0.1", port, BYTES, FINGERPRINT, "s")
             await tier.put(MANY, Given(MANY))
             await tier.close()
-        await until(lambda: not server._wires)
+        await until(lambda: not server._listener.threads)
         assert len(os.listdir("/proc/self/fd")) <= before + 4
     assert len(os.listdir("/proc/self/fd")) <= before
 
@@ -352,7 +353,7 @@ async def test_noise_is_refused() -> None:
             await asyncio.to_thread(shout, rng.randbytes(size))
             head = HEADER.pack(b"2sts", VERSION, 1, min(size, MAX_MESSAGE))
             await asyncio.to_thread(shout, head + rng.randbytes(size))
-        await until(lambda: not server._wires)
+        await until(lambda: not server._listener.threads)
         async with client(port) as tier:
             await tier.open()
 
@@ -369,14 +370,14 @@ async def test_noise_is_refused() -> None:
 )
 def test_frames_that_are_none(header: bytes, words: str) -> None:
     with pytest.raises(TierFailed, match=words):
-        parse_header(header)
+        FRAMING.parse_header(header)
 
 
 def test_messages_that_are_none() -> None:
-    body = message(Mask(b"\1"))[HEADER.size :]
-    assert parse_message(body, Mask) == Mask(b"\1")
+    body = FRAMING.message(Mask(b"\1"))[HEADER.size :]
+    assert FRAMING.parse_message(body, Mask) == Mask(b"\1")
     with pytest.raises(TierFailed, match="no message"):
-        parse_message(b"\xff\xff", Mask)
+        FRAMING.parse_message(b"\xff\xff", Mask)
     with pytest.raises(TierFailed, match="cut off"):
         split(b"x" * 17)
 

@@ -19,33 +19,16 @@ import xxhash
 
 from twostroke.errors import HandoverFailed
 from twostroke.kv.pool import Lease, Slot
-from twostroke.links.frames import (
-    BLOCK,
-    HEADER,
-    MAX_SLOTS,
-    NONCE,
-    Challenge,
-    Hello,
-    Kind,
-    Proof,
-    Read,
-    Refused,
-    block_head,
-    check_proof,
-    message,
-    parse_header,
-    parse_message,
-    prove,
-)
+from twostroke.links.frames import BLOCK, FRAMING, MAX_SLOTS, Challenge, Hello, Read
+from twostroke.links.framing import HEADER, NONCE, Kind
 from twostroke.links.link import Claim, check_read, settled
 from twostroke.links.staging import Staging
-from twostroke.links.wire import Wire
+from twostroke.links.wire import Listener, Wire
 from twostroke.messages import PoolAddress, TcpEndpoint
 
 PATIENCE = 2.0  # seconds: to connect, to wait for the next bytes, and by which a transfer may fall behind computing
 IDLE_SECONDS = 60.0  # the server closes a connection on which nothing was asked for so long, the client after half
 SEND_SECONDS = 60.0  # in which a client takes a block, however slow the network: whether it is too slow, it decides
-MAX_CONNECTIONS = 256  # of a server
 SWEEP_SECONDS = 1.0  # after which a kept connection is closed that the other end has closed
 _READS = 8  # of a link at once
 
@@ -159,25 +142,20 @@ class TcpLink:
             HandoverFailed: the peer does not know it, broke the protocol, or serves another pool.
             OSError: it cannot be reached, or took too long.
         """
-        deadline = time.monotonic() + PATIENCE
         endpoint = peer.memory
         if not isinstance(endpoint, TcpEndpoint):
             raise HandoverFailed(f"the peer's pool is {endpoint.kind}: {self.name} cannot reach it")
         family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
         raw = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        wire = Wire(raw)
+        wire = Wire(raw, FRAMING)
         try:
             transfer.uses(wire)
             wire.connect(endpoint.host, endpoint.port, PATIENCE)
-            hello = Hello(os.urandom(NONCE))
-            wire.send(message(hello), seconds=PATIENCE)
-            challenge = wire.message(Challenge, deadline)
+            challenge = wire.greet(Hello(os.urandom(NONCE)), Challenge, self._secret, PATIENCE)
             if (challenge.instance, challenge.num_slots) != (peer.instance, peer.num_slots) or (
                 challenge.block_bytes != peer.block_bytes
             ):
                 raise HandoverFailed("the peer's pool belongs to another instance, or is not what its address says")
-            wire.send(message(prove("client", self._secret, hello, challenge)), seconds=PATIENCE)
-            check_proof(wire.message(Proof, deadline), prove("server", self._secret, hello, challenge))
             return _Connection(peer, wire, self._staging(), self._slowest)
         except BaseException:
             wire.close()
@@ -230,7 +208,7 @@ class _Connection:
             batch = pairs[start : start + MAX_SLOTS]
             self.serial += 1
             request = Read(self.serial, claim.handover, claim.attempt, [theirs for theirs, _ in batch])
-            self.wire.send(message(request), seconds=PATIENCE)
+            self.wire.say(request, PATIENCE)
             header = self.wire.take(HEADER.size, time.monotonic() + PATIENCE)
             for index, (theirs, ours) in enumerate(batch):
                 transfer.check()
@@ -248,9 +226,9 @@ class _Connection:
         start, slowest = time.monotonic(), self.slowest()
         fair = self.peer.block_bytes / slowest
         deadline = start + PATIENCE - self.behind + fair
-        kind, size = parse_header(header or self.wire.take(HEADER.size, deadline), self.peer.block_bytes)
+        kind, size = FRAMING.parse_header(header or self.wire.take(HEADER.size, deadline), self.peer.block_bytes)
         if kind is Kind.MESSAGE:
-            parse_message(self.wire.take(size, deadline), Read)  # a refusal raises
+            FRAMING.parse_message(self.wire.take(size, deadline), Read)  # a refusal raises
             raise HandoverFailed("the peer sent a message instead of a block")
         serial, slot, digest = BLOCK.unpack(self.wire.take(BLOCK.size, deadline))
         if (serial, slot) != (self.serial, theirs):
@@ -280,74 +258,31 @@ class TcpServer:
         """Takes the socket over. Whoever connects is answered after ``start``."""
         host, port = listening.getsockname()[:2]
         self.address = msgspec.structs.replace(pool, memory=TcpEndpoint(host, port))
-        listening.setblocking(True)  # ``accept`` waits, whoever made it for an event loop
-        self._listening = listening
         self._staging = staging
         self._secret = secret
         self._exported: Callable[[str, int], Lease | None] = lambda _handover, _attempt: None
-        self._threads: dict[Wire, threading.Thread] = {}
-        self._accepting = threading.Thread(target=self._accept, name="tcp-server", daemon=True)
-        self._closed = False
+        self._listener = Listener(listening, FRAMING, self._serve, "tcp-server")
 
     def start(self, exported: Callable[[str, int], Lease | None]) -> None:
         """Answer. ``exported``: what a hand-over, by id and attempt, may read now; called from any thread."""
         self._exported = exported
-        self._accepting.start()
+        self._listener.start()
 
     def close(self) -> None:
         """End every connection. When this returns, nothing reads the pool any more."""
-        self._closed = True
-        if self._accepting.is_alive():
-            self._listening.shutdown(socket.SHUT_RDWR)  # wakes ``accept``
-            self._accepting.join()
-        self._listening.close()
-        for wire, thread in list(self._threads.items()):
-            wire.abort()
-            thread.join()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connected, _ = self._listening.accept()
-            except OSError as error:
-                if not self._closed:  # out of files, say: others may be closed soon
-                    log.warning("cannot take a connection of the TCP link: %s", error)
-                    time.sleep(0.1)
-                continue
-            if len(self._threads) >= MAX_CONNECTIONS:
-                connected.close()
-                continue
-            wire = Wire(connected)
-            self._threads[wire] = threading.Thread(target=self._serve, args=[wire], name="tcp-server", daemon=True)
-            self._threads[wire].start()
+        self._listener.close()
 
     def _serve(self, wire: Wire) -> None:
-        try:
-            self._admit(wire)
-            staging, serial = self._staging(), 0
-            while True:
-                request = wire.message(Read, time.monotonic() + IDLE_SECONDS)
-                serial += 1
-                if request.serial != serial:
-                    raise HandoverFailed(f"request {request.serial} came instead of request {serial}")
-                self._answer(wire, staging, request)
-        except OSError as error:
-            log.debug("a connection of the TCP link ended: %s", error)
-        except HandoverFailed as error:
-            log.info("a reader of the TCP link was refused: %s", error)
-            _refuse(wire, error.message)
-        finally:
-            wire.close()
-            del self._threads[wire]
-
-    def _admit(self, wire: Wire) -> None:
-        deadline = time.monotonic() + PATIENCE
-        pool = self.address
-        hello = wire.message(Hello, deadline)
+        pool, hello = self.address, wire.hear(Hello, time.monotonic() + PATIENCE)
         challenge = Challenge(os.urandom(NONCE), pool.instance, pool.num_slots, pool.block_bytes)
-        wire.send(message(challenge), seconds=PATIENCE)
-        check_proof(wire.message(Proof, deadline), prove("client", self._secret, hello, challenge))
-        wire.send(message(prove("server", self._secret, hello, challenge)), seconds=PATIENCE)
+        wire.admit(hello, challenge, self._secret, PATIENCE)
+        staging, serial = self._staging(), 0
+        while True:
+            request = wire.hear(Read, time.monotonic() + IDLE_SECONDS)
+            serial += 1
+            if request.serial != serial:
+                raise HandoverFailed(f"request {request.serial} came instead of request {serial}")
+            self._answer(wire, staging, request)
 
     def _answer(self, wire: Wire, staging: Staging, request: Read) -> None:
         lease = self._exported(request.handover, request.attempt)
@@ -357,13 +292,5 @@ class TcpServer:
                 name = f"attempt {request.attempt} of hand-over {request.handover}"
                 raise HandoverFailed(f"slot {slot} is not exported to {name}")
             content = staging.load(slot)
-            head = block_head(request.serial, slot, content)
+            head = FRAMING.block_head(content, request.serial, slot, xxhash.xxh3_128_digest(content))
             wire.send(head, content, seconds=SEND_SECONDS, silence=PATIENCE)
-
-
-def _refuse(wire: Wire, reason: str) -> None:
-    try:
-        wire.send(message(Refused(reason[:1024])), seconds=PATIENCE)
-        wire.hang_up(PATIENCE)
-    except OSError as error:
-        log.debug("a refusal was not heard: %s", error)

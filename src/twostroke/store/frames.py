@@ -1,47 +1,29 @@
-"""What goes between a worker and the cache service, pure: frames, and what is refused of what comes.
+"""What goes between a worker and the cache service, pure: messages and blocks. How they are framed, and how both ends
+prove that they know the cluster secret, is in ``links/framing.py``.
 
-A frame is ``HEADER`` and a body: a message (MessagePack, typed, at most ``MAX_MESSAGE`` bytes), or a block: ``BLOCK``
-and its payload. Nothing is decoded before its size and version are checked.
-
-The client speaks first: ``Hello``, and ``Proof`` that it knows the cluster secret, bound to both nonces; so does the
-service. Then each request has one answer: ``Has`` → ``Mask``; ``Get`` → blocks in any order, ``Done``; ``Put`` →
-``Mask`` of those that are wanted, which the client sends → ``Done``; on one machine instead ``Borrow`` → ``Lent`` and
-``Offer`` → ``Copied``, see there.
+Each request has one answer: ``Has`` → ``Mask``; ``Get`` → blocks in any order, ``Done``; ``Put`` → ``Mask`` of those
+that are wanted, which the client sends → ``Done``; on one machine instead ``Borrow`` → ``Lent`` and ``Offer`` →
+``Copied``, see there.
 """
 
-import hmac
 import struct
-from enum import IntEnum
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 from twostroke.kv.keys import KEY_BYTES, BlockKey
+from twostroke.links.framing import Framing, Nonce, Proof, Refused
 from twostroke.messages import Count, Manage, Managed, Name, PoolAddress, TierReport
-from twostroke.store.format import Sealed
 from twostroke.store.tier import TierFailed
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE = 128 << 10  # bytes
 MAX_KEYS = 4096  # in one message
-NONCE = 32  # bytes
 OPERATOR = bytes(16)  # no layout's fingerprint
 MANAGE_SECONDS = 600.0  # that an ``Order`` may take: all blocks are read
-
-_MAGIC = b"2sts"
-HEADER = struct.Struct("!4sHHI")  # magic, version, kind, bytes of the body
 BLOCK = struct.Struct("!I16s")  # index of the key, xxh3-128 of the payload
 
-Nonce = Annotated[bytes, Meta(min_length=NONCE, max_length=NONCE)]
 Keys = Annotated[bytes, Meta(max_length=KEY_BYTES * MAX_KEYS)]  # one after the other
-
-
-class Kind(IntEnum):
-    """What a frame's body is."""
-
-    MESSAGE = 1
-    BLOCK = 2
 
 
 class Hello(Struct, frozen=True, tag=1, forbid_unknown_fields=True):
@@ -58,19 +40,13 @@ class Challenge(Struct, frozen=True, tag=2, forbid_unknown_fields=True):
     nonce: Nonce
 
 
-class Proof(Struct, frozen=True, tag=3, forbid_unknown_fields=True):
-    """Client → service, then service → client: ``prove`` of all that was said."""
-
-    mac: Annotated[bytes, Meta(min_length=32, max_length=32)]
-
-
 class Has(Struct, frozen=True, tag=4, forbid_unknown_fields=True):
     """Which of these blocks are here?"""
 
     keys: Keys
 
 
-class Mask(Struct, frozen=True, tag=5, forbid_unknown_fields=True):
+class Mask(Struct, frozen=True, tag=11, forbid_unknown_fields=True):
     """One byte for each key: 1 for those that are here, or wanted."""
 
     mask: Annotated[bytes, Meta(max_length=MAX_KEYS)]
@@ -149,90 +125,23 @@ class Answer(Struct, frozen=True, tag=10, forbid_unknown_fields=True):
     tiers: Annotated[list[TierReport], Meta(max_length=8)]
 
 
-class Refused(Struct, frozen=True, tag=11, forbid_unknown_fields=True):
-    """Service → client, instead of any answer; nothing follows."""
-
-    reason: Annotated[str, Meta(max_length=1024)]
-
-
-Message = (
-    Hello
-    | Challenge
-    | Proof
-    | Has
-    | Mask
-    | Get
-    | Put
-    | Done
-    | Ask
-    | Answer
-    | Refused
-    | Borrow
-    | Lent
-    | Offer
-    | Copied
-    | Order
-    | Outcome
-)
 Request = Has | Get | Put | Ask | Borrow | Offer | Order
-Wanted = TypeVar("Wanted", bound=Message)
-_request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_message: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-
-
-def message(content: Message) -> bytes:
-    """A message's frame."""
-    body = msgspec.msgpack.encode(content)
-    return HEADER.pack(_MAGIC, VERSION, Kind.MESSAGE, len(body)) + body
-
-
-def block_head(index: int, block: Sealed) -> bytes:
-    """What goes in front of a block's payload."""
-    size = BLOCK.size + len(block.payload)
-    return HEADER.pack(_MAGIC, VERSION, Kind.BLOCK, size) + BLOCK.pack(index, block.digest)
-
-
-def parse_header(header: bytes | bytearray, block_bytes: int | None = None) -> tuple[Kind, int]:
-    """Kind and bytes of a frame's body. A block is only expected where ``block_bytes`` is given.
-
-    Raises:
-        TierFailed: this is no frame of ours, of another version, or not one that is expected.
-    """
-    magic, version, kind, size = HEADER.unpack(header)
-    if magic != _MAGIC:
-        raise TierFailed("the other end does not speak the cache service's protocol")
-    if version != VERSION:
-        raise TierFailed(f"the other end speaks version {version}, this one {VERSION}")
-    if kind == Kind.MESSAGE and size <= MAX_MESSAGE:
-        return Kind.MESSAGE, size
-    if kind == Kind.BLOCK and block_bytes is not None and size == BLOCK.size + block_bytes:
-        return Kind.BLOCK, size
-    raise TierFailed(f"a frame of kind {kind} and {size} bytes is not expected")
-
-
-def parse_message(body: bytes | bytearray, wanted: type[Wanted]) -> Wanted:
-    """The message that a frame holds.
-
-    Raises:
-        TierFailed: it is a refusal, none of our messages, or not a wanted one.
-    """
-    try:
-        content = _message.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TierFailed(f"the other end sent no message: {error}") from error
-    if isinstance(content, Refused):
-        raise TierFailed(f"the service refused: {content.reason}")
-    if not isinstance(content, wanted):
-        raise TierFailed(f"the other end sent {type(content).__name__} instead of {wanted.__name__}")
-    return content
+FRAMING = Framing(
+    b"2sts",
+    VERSION,
+    Request | Hello | Challenge | Proof | Mask | Done | Answer | Refused | Lent | Copied | Outcome,
+    most=MAX_MESSAGE,
+    block=BLOCK,
+    error=TierFailed,
+)
 
 
 def parse_request(body: bytes | bytearray) -> Request:
     """What a client asks. ``TierFailed`` if it is none of our requests."""
-    try:
-        return _request.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TierFailed(f"the other end sent no request: {error}") from error
+    content = FRAMING.parse(body)
+    if not isinstance(content, Request):
+        raise TierFailed(f"the other end sent {type(content).__name__} instead of a request")
+    return content
 
 
 def split(keys: bytes) -> list[BlockKey]:
@@ -240,15 +149,3 @@ def split(keys: bytes) -> list[BlockKey]:
     if len(keys) % KEY_BYTES:
         raise TierFailed("a key is cut off")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
-
-
-def prove(side: str, secret: str, hello: Hello, challenge: Challenge) -> Proof:
-    """That this side knows the secret, bound to both nonces and the layout: good for this connection only."""
-    said = b"store " + side.encode() + message(hello) + message(challenge)
-    return Proof(hmac.digest(secret.encode(), said, "sha256"))
-
-
-def check_proof(given: Proof, expected: Proof) -> None:
-    """Compare in constant time. ``TierFailed`` if they differ."""
-    if not hmac.compare_digest(given.mac, expected.mac):
-        raise TierFailed("the cluster secret differs: set TWOSTROKE_SECRET to the same value everywhere")

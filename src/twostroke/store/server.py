@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 from twostroke.errors import HandoverFailed, StartupError
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
-from twostroke.links.wire import Wire
+from twostroke.links.framing import HEADER, NONCE, Kind
+from twostroke.links.wire import Listener, Wire
 from twostroke.messages import Manage, Managed, ManagedTier, PoolAddress, TierReport
 from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,
-    HEADER,
+    FRAMING,
     MANAGE_SECONDS,
-    NONCE,
     OPERATOR,
     Answer,
     Ask,
@@ -38,25 +38,14 @@ from twostroke.store.frames import (
     Get,
     Has,
     Hello,
-    Kind,
     Lent,
     Mask,
-    Message,
     Offer,
     Order,
     Outcome,
-    Proof,
     Put,
-    Refused,
     Request,
-    Wanted,
-    block_head,
-    check_proof,
-    message,
-    parse_header,
-    parse_message,
     parse_request,
-    prove,
     split,
 )
 from twostroke.store.host import HostTier
@@ -68,7 +57,6 @@ from twostroke.store.tier import Place, Source, Target, TierFailed
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
-MAX_CONNECTIONS = 256
 _CALL_SECONDS = 30.0
 Result = TypeVar("Result")
 Make = Callable[[str, int], Sequence[SlotTier]]  # tiers for a layout: fingerprint, bytes of a block
@@ -181,35 +169,27 @@ class Server:
 
     def __init__(self, listening: socket.socket, make: Make, secret: str, *, ttl: float | None, layouts: int) -> None:
         """Takes the socket over. ``make`` is called once for each of at most ``layouts`` layouts."""
-        listening.setblocking(True)
-        self._listening = listening
+        self._listener = Listener(listening, FRAMING, self._serve, "store-server")
         self._make = make
         self._secret = secret
         self._ttl = ttl
         self._most = layouts
         self._shops: dict[tuple[bytes, int], asyncio.Task[Shop]] = {}
-        self._wires: dict[Wire, threading.Thread] = {}
         self._maps: dict[Wire, tuple[PoolAddress, Bytes]] = {}  # clients' memory
         self._mapping = threading.Lock()  # of it: threads of one client come at once
         self._loop = asyncio.get_running_loop()
-        self._accepting = threading.Thread(target=self._accept, name="store-server", daemon=True)
         self._sweeping = asyncio.create_task(self._sweep())
         self._closed = False
 
     def start(self) -> None:
         """Answer."""
-        self._accepting.start()
+        self._listener.start()
 
     async def close(self) -> None:
         """End every connection, and let go of all tiers."""
         self._closed = True
         self._sweeping.cancel()
-        with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)  # wakes ``accept``
-        self._listening.close()
-        for wire, thread in list(self._wires.items()):
-            wire.abort()
-            await asyncio.to_thread(thread.join, _CALL_SECONDS)
+        await asyncio.to_thread(self._listener.close, _CALL_SECONDS)
         for shop in self._shops.values():
             with suppress(TierFailed, StartupError):
                 await (await shop).store.close()
@@ -252,98 +232,66 @@ class Server:
 
     # -- in threads ----------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connected, _ = self._listening.accept()
-            except OSError as error:
-                if not self._closed:
-                    log.warning("cannot take a connection: %s", error)
-                    time.sleep(0.1)
-                continue
-            if len(self._wires) >= MAX_CONNECTIONS:
-                connected.close()
-                continue
-            wire = Wire(connected)
-            self._wires[wire] = threading.Thread(target=self._serve, args=[wire], name="store-server", daemon=True)
-            self._wires[wire].start()
-
     def _serve(self, wire: Wire) -> None:
+        hello = wire.hear(Hello, time.monotonic() + PATIENCE)
+        wire.admit(hello, Challenge(os.urandom(NONCE)), self._secret, PATIENCE)
         try:
-            hello = self._admit(wire)
             if hello.fingerprint == OPERATOR:
                 self._obey(wire)
             shop = self._call(self._shop(hello))
             inbox = _Inbox(wire, shop.block_bytes)
             while True:
-                self._answer(wire, shop, inbox, parse_request(_body(wire, IDLE_SECONDS)))
-        except (OSError, TimeoutError) as error:
-            log.debug("a connection ended: %s", error)
-        except TierFailed as error:
-            log.info("a client was refused: %s", error)
-            with suppress(OSError):
-                wire.send(message(Refused(str(error)[:1024])), seconds=PATIENCE)
-                wire.hang_up(PATIENCE)
+                self._answer(wire, shop, inbox, _request(wire))
         finally:
-            wire.close()
             self._maps.pop(wire, None)
-            del self._wires[wire]
-
-    def _admit(self, wire: Wire) -> Hello:
-        hello = _receive(wire, Hello)
-        challenge = Challenge(os.urandom(NONCE))
-        _send(wire, challenge)
-        check_proof(_receive(wire, Proof), prove("client", self._secret, hello, challenge))
-        _send(wire, prove("server", self._secret, hello, challenge))
-        return hello
 
     def _obey(self, wire: Wire) -> None:
         """Do what people ask, until they hang up."""
         while True:
-            request = parse_request(_body(wire, IDLE_SECONDS))
+            request = _request(wire)
             if not isinstance(request, Order):
                 raise TierFailed("this connection is for no layout")
-            _send(wire, Outcome(self._call(self._manage(request.manage), MANAGE_SECONDS)))
+            wire.say(Outcome(self._call(self._manage(request.manage), MANAGE_SECONDS)), PATIENCE)
 
     def _answer(self, wire: Wire, shop: Shop, inbox: "_Inbox", request: Request) -> None:
         match request:
             case Has(keys):
-                _send(wire, Mask(bytes(self._call(shop.has(split(keys))))))
+                wire.say(Mask(bytes(self._call(shop.has(split(keys))))), PATIENCE)
             case Get(keys):
                 outlet = _Outlet(wire)
                 try:
                     self._call(shop.get(split(keys), outlet))
                 finally:
                     outlet.close()
-                _send(wire, Done(outlet.sent))
+                wire.say(Done(outlet.sent), PATIENCE)
             case Put(keys):
                 wanted = split(keys)
                 mask = [not here for here in self._call(shop.has(wanted))]
-                _send(wire, Mask(bytes(mask)))
+                wire.say(Mask(bytes(mask)), PATIENCE)
                 blocks = inbox.take(len(wanted))
                 stored = self._call(shop.put([wanted[index] for index in blocks], _Taken(list(blocks.values()))))
-                _send(wire, Done(stored + mask.count(False)))
+                wire.say(Done(stored + mask.count(False)), PATIENCE)
             case Offer():
-                _send(wire, self._copy(wire, shop, request))
+                wire.say(self._copy(wire, shop, request), PATIENCE)
             case Borrow(keys, host):
                 self._lend(wire, shop, split(keys), host)
             case Ask():
-                _send(wire, Answer(self._call(_reports(shop))))
+                wire.say(Answer(self._call(_reports(shop))), PATIENCE)
             case Order():
                 raise TierFailed("this connection is for blocks of one layout")
 
     def _lend(self, wire: Wire, shop: Shop, keys: Sequence[BlockKey], host: str) -> None:
         loan = self._call(shop.lend(keys, host))
         if loan is None:
-            _send(wire, Lent(None, [], b""))
+            wire.say(Lent(None, [], b""), PATIENCE)
             return
         lent, release = loan
         try:
-            _send(wire, lent)
+            wire.say(lent, PATIENCE)
             if lent.slots:
                 seconds = PATIENCE + len(lent.slots) * shop.block_bytes / SLOWEST
-                parse_message(_body(wire, seconds), Done)
-                _send(wire, Done(len(lent.slots)))
+                wire.hear(Done, time.monotonic() + seconds)
+                wire.say(Done(len(lent.slots)), PATIENCE)
         finally:
             self._loop.call_soon_threadsafe(release)
 
@@ -395,7 +343,8 @@ class _Outlet(Target):
                 return False
             try:
                 seconds = PATIENCE + len(block.payload) / SLOWEST
-                self._wire.send(block_head(self.first + index, block), block.payload, seconds=seconds)
+                head = FRAMING.block_head(block.payload, self.first + index, block.digest)
+                self._wire.send(head, block.payload, seconds=seconds)
             except OSError:
                 self._open = False
                 return False
@@ -441,9 +390,9 @@ class _Inbox:
         wire, size, blocks = self._wire, self._block_bytes, dict[int, Sealed]()
         for count in range(self._most + 1):
             deadline = time.monotonic() + PATIENCE + size / SLOWEST
-            kind, body = parse_header(wire.take(HEADER.size, deadline), size)
+            kind, body = FRAMING.parse_header(wire.take(HEADER.size, deadline), size)
             if kind is Kind.MESSAGE:
-                parse_message(wire.take(body, deadline), Done)
+                FRAMING.parse_message(wire.take(body, deadline), Done)
                 return blocks
             index, digest = BLOCK.unpack(wire.take(BLOCK.size, deadline))
             if index >= most or index in blocks or count == self._most:
@@ -459,15 +408,6 @@ async def _reports(shop: Shop) -> list[TierReport]:
     return shop.store.reports()
 
 
-def _send(wire: Wire, content: Message) -> None:
-    wire.send(message(content), seconds=PATIENCE)
-
-
-def _receive(wire: Wire, wanted: type[Wanted]) -> Wanted:
-    return parse_message(_body(wire, PATIENCE), wanted)
-
-
-def _body(wire: Wire, seconds: float) -> bytearray:
-    """Of the next message, which must begin to come within so many seconds."""
-    _, size = parse_header(wire.take(HEADER.size, time.monotonic() + seconds))
-    return wire.take(size, time.monotonic() + PATIENCE)
+def _request(wire: Wire) -> Request:
+    """The next one."""
+    return parse_request(wire.body(time.monotonic() + IDLE_SECONDS))

@@ -11,19 +11,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from msgspec import Struct
+
 from twostroke.errors import HandoverFailed
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
+from twostroke.links.framing import HEADER, NONCE, Kind, Wanted
 from twostroke.links.wire import Wire
 from twostroke.messages import Manage, Managed, PoolAddress, TierReport
 from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,
-    HEADER,
+    FRAMING,
     MANAGE_SECONDS,
     MAX_KEYS,
-    NONCE,
     OPERATOR,
     Answer,
     Ask,
@@ -34,22 +36,12 @@ from twostroke.store.frames import (
     Get,
     Has,
     Hello,
-    Kind,
     Lent,
     Mask,
-    Message,
     Offer,
     Order,
     Outcome,
-    Proof,
     Put,
-    Wanted,
-    block_head,
-    check_proof,
-    message,
-    parse_header,
-    parse_message,
-    prove,
 )
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
@@ -73,28 +65,23 @@ class Session:
         self._block_bytes = block_bytes
         self._buffer = aligned(block_bytes)[:block_bytes]
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self.wire = Wire(socket.socket(family, socket.SOCK_STREAM))
+        self.wire = Wire(socket.socket(family, socket.SOCK_STREAM), FRAMING)
         try:
             self.wire.connect(str(address[0]), port, PATIENCE)
-            hello = Hello(os.urandom(NONCE), fingerprint, block_bytes)
-            challenge = self.ask(hello, Challenge)
-            check_proof(
-                self.ask(prove("client", secret, hello, challenge), Proof), prove("server", secret, hello, challenge)
-            )
+            self.wire.greet(Hello(os.urandom(NONCE), fingerprint, block_bytes), Challenge, secret, PATIENCE)
         except BaseException:
             self.wire.close()
             raise
 
-    def say(self, content: Message) -> None:
+    def say(self, content: Struct) -> None:
         """Send a message."""
-        self.wire.send(message(content), seconds=PATIENCE)
+        self.wire.say(content, PATIENCE)
 
     def hear(self, wanted: type[Wanted], seconds: float = 0.0) -> Wanted:
         """Receive a message, which may begin to come so much later."""
-        _, size = parse_header(self.wire.take(HEADER.size, self._deadline() + seconds))
-        return parse_message(self.wire.take(size, self._deadline()), wanted)
+        return self.wire.hear(wanted, self._deadline() + seconds)
 
-    def ask(self, content: Message, wanted: type[Wanted]) -> Wanted:
+    def ask(self, content: Struct, wanted: type[Wanted]) -> Wanted:
         """Send a message and receive the answer."""
         self.say(content)
         return self.hear(wanted)
@@ -102,9 +89,9 @@ class Session:
     def blocks(self) -> Iterator[tuple[int, Sealed]]:
         """Blocks with their indices, not yet verified, each good until the next; up to ``Done``."""
         while True:
-            kind, size = parse_header(self.wire.take(HEADER.size, self._deadline()), self._block_bytes)
+            kind, size = FRAMING.parse_header(self.wire.take(HEADER.size, self._deadline()), self._block_bytes)
             if kind is Kind.MESSAGE:
-                parse_message(self.wire.take(size, self._deadline()), Done)
+                FRAMING.parse_message(self.wire.take(size, self._deadline()), Done)
                 return
             index, digest = BLOCK.unpack(self.wire.take(BLOCK.size, self._deadline()))
             self.wire.receive(self._buffer, self._deadline())
@@ -113,7 +100,7 @@ class Session:
     def send(self, index: int, block: Sealed) -> None:
         """Send a block."""
         seconds = PATIENCE + self._block_bytes / SLOWEST
-        self.wire.send(block_head(index, block), block.payload, seconds=seconds)
+        self.wire.send(FRAMING.block_head(block.payload, index, block.digest), block.payload, seconds=seconds)
 
     def _deadline(self) -> float:
         return time.monotonic() + PATIENCE + self._block_bytes / SLOWEST
