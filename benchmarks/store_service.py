@@ -1,6 +1,5 @@
 """The cache service, a process of its own: against memcpy, and over TCP against a raw loopback socket."""
 
-import asyncio
 import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, timed
 from twostroke.kv.memory import PoolMemory
 from twostroke.store import service
 from twostroke.store.service import ServiceTier
-from twostroke.store.tier import TierFailed
 
 _BYTES = 128 << 20  # of all blocks that are written and read in one turn
 _READ, _WRITE = b"r", b"w"
@@ -68,15 +66,6 @@ def _raw(blocks: int, size: int, pool: Pool) -> Iterator[tuple[Callable[[], None
     peer.join()
 
 
-async def _open(tier: ServiceTier) -> None:
-    """The service takes its memory when the first client comes, which may take longer than that one waits."""
-    while True:
-        try:
-            return await tier.open()
-        except TierFailed:
-            await asyncio.sleep(0.5)
-
-
 async def _size(name: str, size: int, repeats: int) -> list[Row]:
     blocks = _BYTES // size
     pool, other = Pool(blocks, size), PoolMemory(blocks, size, "other")
@@ -93,7 +82,7 @@ async def _size(name: str, size: int, repeats: int) -> list[Row]:
     room = 2 * (repeats + 2) * _BYTES  # for all turns: it would rather evict what is new than what was read twice
     command = ["twostroke", "store", "--port", str(port), "--memory", str(room)]
     with running(command, port), _raw(blocks, size, pool) as (write, read):
-        await _open(near)
+        await near.open()
         for turn in range(repeats + 1):
             values = {"memcpy": _BYTES / 1e9 / seconds(memcpy)}
             values["put, same host"], values["get, same host"] = await timed(near, pool, 2 * turn)

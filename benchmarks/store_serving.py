@@ -79,8 +79,6 @@ def worker(store: str, pool: int, threads: int) -> Iterator[str]:
         command += ["--threads", str(threads)] if threads else []
         url = f"http://127.0.0.1:{port}"
         stack.enter_context(running([*command, *(["--store", store] if store else [])], f"{url}/ready"))
-        if store.startswith("service"):
-            time.sleep(6.0)  # it takes its memory when the first worker comes, which may find it slow and ask again
         yield url
 
 

@@ -345,7 +345,7 @@ def store(
     Parameters
     ----------
     memory
-        Memory for KV blocks, such as 8GiB.
+        Memory for KV blocks, such as 8GiB; taken before it serves.
     disk
         Below that, files: PATH:SIZE.
     ttl

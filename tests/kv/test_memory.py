@@ -14,7 +14,7 @@ import pytest
 
 from tests.peer_process import content, peer_process
 from twostroke.errors import HandoverFailed, MemoryTooSmall
-from twostroke.kv.memory import PoolMemory, host_id, map_peer, started
+from twostroke.kv.memory import Area, PoolMemory, host_id, map_peer, started
 from twostroke.messages import CudaMemory, MemoryFile, PoolAddress, encode
 
 READER = """
@@ -145,6 +145,23 @@ def test_a_closed_pool_cannot_be_mapped() -> None:
     memory.close()
     with pytest.raises(HandoverFailed):
         map_peer(memory.address)
+
+
+def test_one_area_is_cut_into_other_slots() -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    area = Area(100)
+    before = PoolMemory(4, 25, "a longer name", area)
+    after = PoolMemory(12, 8, "after", area)
+    after.slots[11] = 7
+    before.close()
+    assert map_peer(after.address)[11].tolist() == [7] * 8
+    with pytest.raises(HandoverFailed, match="another instance"):
+        map_peer(before.address)
+    with pytest.raises(ValueError, match="buffer"):
+        PoolMemory(13, 8, "too many", Area(13 * 8 - 1))
+    del area, before, after
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_too_little_memory_is_said_before_anything_is_taken() -> None:

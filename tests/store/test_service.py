@@ -20,6 +20,7 @@ from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, keys
 from twostroke import cli
 from twostroke.config import DiskTier, StoreConfig
 from twostroke.errors import HandoverFailed
+from twostroke.kv import memory
 from twostroke.kv.memory import Bytes
 from twostroke.links.framing import HEADER
 from twostroke.messages import PoolAddress
@@ -175,6 +176,21 @@ async def test_a_layout_that_does_not_fit_is_refused_with_the_reason() -> None:
     async with serving(StoreConfig(memory=BYTES - 1)) as (_, port), client(port) as tier:
         with pytest.raises(TierFailed, match="does not hold one block"):
             await tier.open()
+
+
+async def test_the_first_client_does_not_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking it lasts longer than anybody's patience if there is much: it was taken before anybody could ask."""
+
+    def populate(_: object, advice: int) -> None:
+        assert advice == memory._POPULATE_READ, "nothing is taken any more"
+
+    async with serving(StoreConfig(memory=2 * MiB, layouts=2)) as (_, port):
+        monkeypatch.setattr(memory, "_populate", populate)
+        async with client(port) as one, client(port, OTHER) as other:
+            for tier in (one, other):
+                await tier.open()
+                assert await tier.put(MANY, Given(MANY)) == len(MANY)
+                assert await tier.get(MANY, Taken()) == len(MANY)
 
 
 async def test_blocks_have_a_lifetime(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,6 +402,7 @@ def test_messages_that_are_none() -> None:
     ("arguments", "words"),
     [
         ([], "give --memory"),
+        (["--memory", "4000GiB", "--port", str(free_port())], "does not fit"),
         (["--memory", "1GiB", "--ttl", "soon"], "not a time"),
         (["--disk", "/path"], "PATH:SIZE"),
         (["--memory", "1GiB", "--layouts", "0"], "at least 1"),

@@ -7,6 +7,7 @@ as ``/proc/<pid>/fd/<fd>`` (same user required) and checks the stamp in its head
 import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from twostroke.messages import MemoryFile, PoolAddress
 HEADER = mmap.PAGESIZE  # one page, so that slots start aligned
 _MAGIC = b"twostroke-pool-1:"
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # madvise(2), Linux 5.14; not yet in Python's mmap
+_STEP = 64 << 20  # bytes that are populated in one call, which holds the GIL
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -51,29 +53,52 @@ class SlotMemory(Protocol):
         ...
 
 
-class PoolMemory:
-    """``num_slots`` slots of ``block_bytes`` bytes that this process owns and same-host peers may read."""
+class Area:
+    """Memory for slots, which need not be known yet. All of it is taken at once, which takes seconds for some GiB; it
+    is given back once nothing refers to it or views it any more.
+    """
 
-    def __init__(self, num_slots: int, block_bytes: int, instance: str) -> None:
-        """Raises ``MemoryTooSmall`` if the machine has not enough memory left for all slots."""
-        size = HEADER + num_slots * block_bytes
+    def __init__(self, size: int, what: str = "a KV pool", advice: str = "lower --kv-memory") -> None:
+        """``size``: bytes, without the header; ``what`` and ``advice``: for the error.
+
+        Raises:
+            MemoryTooSmall: the machine has not enough memory left.
+        """
+        size += HEADER
         free = psutil.virtual_memory().available
         if size > free:
             raise MemoryTooSmall(
-                f"a KV pool of {size / 2**20:.0f} MiB does not fit into the {free / 2**20:.0f} MiB of memory that are "
-                "free: lower --kv-memory"
+                f"{what} of {size / 2**20:.0f} MiB does not fit into the {free / 2**20:.0f} MiB of memory that are "
+                f"free: {advice}"
             )
-        self._fd = os.memfd_create("twostroke-pool", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, size)
-        self._map = mmap.mmap(self._fd, size)
+        self.fd = os.memfd_create("twostroke-pool", os.MFD_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self.fd)
+        os.ftruncate(self.fd, size)
+        self.map = mmap.mmap(self.fd, size)
         # Every page now: taken one by one by page faults, memory would come at 0.5 GB/s while requests wait.
         try:
-            _populate(self._map, _POPULATE_WRITE)
+            _populate(self.map, _POPULATE_WRITE)
         except OSError as error:
-            raise MemoryTooSmall(f"a KV pool of {size / 2**20:.0f} MiB does not fit into memory: {error}") from error
-        stamp = _MAGIC + instance.encode()
-        self._map[: len(stamp)] = stamp
-        self.slots: Bytes = np.frombuffer(self._map, np.uint8, offset=HEADER).reshape(num_slots, block_bytes)
+            raise MemoryTooSmall(f"{what} of {size / 2**20:.0f} MiB does not fit into memory: {error}") from error
+
+
+class PoolMemory:
+    """``num_slots`` slots of ``block_bytes`` bytes that this process owns and same-host peers may read."""
+
+    def __init__(self, num_slots: int, block_bytes: int, instance: str, area: Area | None = None) -> None:
+        """``area``: what the slots are cut out of; by default one of their own.
+
+        Raises:
+            MemoryTooSmall: the machine has not enough memory left for all slots.
+        """
+        self._own = Area(num_slots * block_bytes) if area is None else None
+        area = self._own or area
+        assert area is not None
+        stamp = _MAGIC + instance.encode() + b"\0"
+        area.map[: len(stamp)] = stamp
+        self._fd = area.fd
+        slots: Bytes = np.frombuffer(area.map, np.uint8, num_slots * block_bytes, HEADER)
+        self.slots = slots.reshape(num_slots, block_bytes)
         self.address = PoolAddress(
             host=host_id(),
             pid=os.getpid(),
@@ -84,14 +109,16 @@ class PoolMemory:
         )
 
     def close(self) -> None:
-        """Give the memory back once nothing views it any more."""
-        os.close(self._fd)
+        """Give the memory back once nothing views it any more, unless it is somebody else's area."""
+        if self._own is not None:
+            self._own.close()
 
 
 def _populate(memory: mmap.mmap, advice: int) -> None:
     """Have all pages in place. An older kernel takes them one by one when they are touched."""
     try:
-        memory.madvise(advice)
+        for start in range(0, len(memory), _STEP):
+            memory.madvise(advice, start, min(_STEP, len(memory) - start))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

@@ -54,6 +54,7 @@ class _Folder:
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
+        self.close()
         self._path.mkdir(parents=True, exist_ok=True)
         self._directory = self._own()
         self._clear_out()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
-from twostroke.kv.memory import Bytes, PoolMemory
+from twostroke.kv.memory import Area, Bytes, PoolMemory
 from twostroke.messages import PoolAddress
 from twostroke.store.eviction import Lru, Policy
 from twostroke.store.format import Sealed
@@ -19,9 +19,10 @@ Register = Callable[[Bytes], Callable[[], None]]
 class _Arena:
     """See ``Medium``: all slots are there from the start, and gone with the process."""
 
-    def __init__(self, slots: int, slot_bytes: int, register: Register | None) -> None:
+    def __init__(self, slots: int, slot_bytes: int, area: Area, register: Register | None) -> None:
         self.slot_bytes = slot_bytes
         self._slots = slots
+        self._area: Area | None = area  # until it is closed
         self._memory: PoolMemory | None = None
         self._register = register
         self._unregister: Callable[[], None] | None = None
@@ -29,8 +30,9 @@ class _Arena:
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
-        self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex)
-        if self._register is not None:
+        assert self._area is not None, "it is not closed"
+        self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex, self._area)
+        if self._register is not None and self._unregister is None:
             self._unregister = self._register(self._memory.slots)
         return []
 
@@ -67,9 +69,9 @@ class _Arena:
         if self._unregister is not None:
             self._unregister()
             self._unregister = None
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+        if self._area is not None:
+            self._area.close()
+        self._memory = self._area = None
 
     @property
     def address(self) -> PoolAddress:
@@ -101,22 +103,25 @@ class HostTier(SlotTier):
         block_bytes: int,
         capacity: int,
         policy: Callable[[], Policy] = Lru,
+        area: Area | None = None,
         *,
         at_once: int = _AT_ONCE,
         register: Register | None = None,
     ) -> None:
-        """A tier of at most ``capacity`` bytes of this machine's memory; all of it is taken when it opens.
+        """A tier of at most ``capacity`` bytes of this machine's memory: of ``area``, or else all of it is taken now,
+        since whoever opens a tier does not wait for so long.
 
         ``at_once``: blocks that one thread moves at once. ``register``: makes that memory one that a GPU copies
         from and to by itself, until what it returns is called.
 
         Raises:
-            MemoryTooSmall: it would not hold one block.
+            MemoryTooSmall: it would not hold one block, or the machine has not enough memory left.
         """
         slots = capacity // block_bytes
         if slots < 1:
             raise MemoryTooSmall(f"a host tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
-        self.arena = _Arena(slots, block_bytes, register)
+        area = area or Area(slots * block_bytes, "a host tier", "give it less")
+        self.arena = _Arena(slots, block_bytes, area, register)
         super().__init__("host", self.arena, policy, capacity=capacity, threads=_THREADS, at_once=at_once)
 
     def lend(self, keys: Sequence[BlockKey]) -> Loan:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import socket
 from collections.abc import Callable
 
 import uvloop
@@ -10,6 +11,7 @@ import uvloop
 from twostroke.api.serving import bind
 from twostroke.config import StoreConfig, check_quota, cluster_secret
 from twostroke.kv.copying import kernel
+from twostroke.kv.memory import Area
 from twostroke.store.disk import disk_tier
 from twostroke.store.eviction import POLICIES
 from twostroke.store.host import HostTier
@@ -21,13 +23,20 @@ _OWNER = "service"
 
 
 def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
-    """Makes the tiers of a layout: its share of memory and disk."""
+    """Makes the tiers of a layout: its share of memory and disk. All memory is taken here, before any client waits for
+    it: only what slots it is cut into depends on the layout.
+
+    Raises:
+        MemoryTooSmall: the machine has not enough.
+    """
     policy = POLICIES[config.eviction]
+    share, shares = (config.memory or 0) // config.layouts, 0 if config.memory is None else config.layouts
+    areas = [Area(share, "the share of a layout", "lower --memory") for _ in range(shares)]
 
     def make(fingerprint: str, block_bytes: int) -> list[SlotTier]:
         made: list[SlotTier] = []
-        if config.memory is not None:
-            made.append(HostTier(block_bytes, config.memory // config.layouts, policy))
+        if shares:
+            made.append(HostTier(block_bytes, share, policy, areas.pop()))
         if config.disk is not None:
             size = config.disk.size // config.layouts
             made.append(disk_tier(config.disk.path, block_bytes, fingerprint, size, _OWNER, policy))
@@ -40,17 +49,18 @@ def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
 
 def run(config: StoreConfig) -> int:
     """Serve until a signal. Raises ``StartupError`` if it cannot start."""
-    return uvloop.run(_run(config))
-
-
-async def _run(config: StoreConfig) -> int:
-    kernel()  # before anybody waits for it
     listening = bind(config.host, config.port)
+    make = tiers(config)
+    kernel()  # before anybody waits for it
+    return uvloop.run(_run(config, listening, make))
+
+
+async def _run(config: StoreConfig, listening: socket.socket, make: Callable[[str, int], list[SlotTier]]) -> int:
     listening.listen(128)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = Server(listening, tiers(config), cluster_secret(), ttl=config.ttl, layouts=config.layouts)
+    server = Server(listening, make, cluster_secret(), ttl=config.ttl, layouts=config.layouts)
     server.start()
     log.warning("serving on %s:%d", *listening.getsockname()[:2])
     await stop.wait()

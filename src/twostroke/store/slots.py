@@ -27,7 +27,9 @@ class Medium(Protocol):
     slot_bytes: int  # that a slot takes of the budget
 
     def open(self) -> list[tuple[BlockKey, int]]:
-        """Be ready: blocks that are here already and their slots, the oldest first. The slots are 0 … ``size`` - 1."""
+        """Be ready, anew if it was before: blocks that are here already and their slots, the oldest first. The slots
+        are 0 … ``size`` - 1.
+        """
         ...
 
     def size(self) -> int:
@@ -115,7 +117,7 @@ class SlotTier:
         """See ``Tier.open``."""
         await self._idle.wait()  # nothing may write into slots that are handed out anew
         try:
-            found = await self._threads.run(self._reopen)
+            found = await self._threads.run(self._medium.open)
         except OSError as error:
             raise TierFailed(_why(error)) from error
         self._evictions += self._shelf.evictions
@@ -253,10 +255,6 @@ class SlotTier:
         await self._threads.run(self._medium.close)
         self._threads.close()
         self._readers.close()
-
-    def _reopen(self) -> list[tuple[BlockKey, int]]:
-        self._medium.close()
-        return self._medium.open()
 
     async def _make_room(self, count: int) -> None:
         """Have the medium grow until ``count`` slots are free, or it cannot."""
