@@ -129,6 +129,30 @@ async def test_more_slots_than_one_request_holds() -> None:
         assert (both.own == both.theirs[::-1]).all()
 
 
+async def test_a_large_read_has_two_connections() -> None:
+    with pair(tcp._LEAST_PART // 4) as both, proxy(both.target) as network:
+        both.through(network)
+        for _ in range(2):
+            await both.read(both.all, both.all[::-1])
+            assert (both.own == both.theirs[::-1]).all()
+            both.own[:] = 0
+        assert network.connections == 2
+
+
+async def test_a_part_that_fails_ends_the_others() -> None:
+    """The other half of the slots would come, slowly."""
+    with pair(tcp._LEAST_PART // 4) as both, proxy(both.target, down=Faults(rate=1e6)) as network:
+        both.through(network)
+        both.lease = both.pool.lease()
+        both.lease.slots = both.all[:7]
+        with pytest.raises(HandoverFailed, match="slot 7 is not exported"):
+            await both.read([7, *both.all[:7]], both.all)
+        both.own[:] = 7
+        await asyncio.sleep(0.1)
+        assert (both.own == 7).all()
+        assert not both.link._idle
+
+
 async def test_reading_nothing_asks_nobody() -> None:
     with pair() as both:
         await both.link.read(msgspec.structs.replace(both.address, memory=TcpEndpoint("127.0.0.1", 1)), [], [], CLAIM)
@@ -339,7 +363,7 @@ def test_a_request_that_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(both.read([0], [0]))
         connection = both.link._idle[0]
         with pytest.raises(HandoverFailed):  # what the server says of it is no answer to the next one
-            connection.fetch([(1, 1)], CLAIM, tcp._Transfer())
+            connection.fetch([(1, 1)], CLAIM, tcp._Transfer(1))
 
 
 async def test_a_silent_stranger_is_shown_out(hasty: None) -> None:

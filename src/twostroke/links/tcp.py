@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import msgspec
 import xxhash
@@ -30,7 +31,10 @@ PATIENCE = 2.0  # seconds: to connect, to wait for the next bytes, and by which 
 IDLE_SECONDS = 60.0  # the server closes a connection on which nothing was asked for so long, the client after half
 SEND_SECONDS = 60.0  # in which a client takes a block, however slow the network: whether it is too slow, it decides
 SWEEP_SECONDS = 1.0  # after which a kept connection is closed that the other end has closed
-_READS = 8  # of a link at once
+_READS = 8  # of a link at once, or parts of them
+_PARTS = 2  # of a read, each with a connection and a thread at both ends: one receives while the other verifies
+_LEAST_PART = 4 << 20  # bytes that are worth it
+_HEAD = HEADER.size + BLOCK.size  # bytes in front of a block; a refusal, which has a reason, is longer
 
 log = logging.getLogger(__name__)
 Pairs = Sequence[tuple[Slot, Slot]]  # theirs, ours
@@ -76,14 +80,21 @@ class TcpLink:
             return
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
-        transfer = _Transfer()
-        work = self._threads.submit(self._read, peer, pairs, claim, transfer)
+        parts = max(1, min(_PARTS, len(pairs) * peer.block_bytes // _LEAST_PART))
+        edges = [len(pairs) * part // parts for part in range(parts + 1)]
+        transfer = _Transfer(parts)
+        works = [
+            self._threads.submit(self._read, peer, pairs[first:end], claim, transfer) for first, end in pairwise(edges)
+        ]
 
         def stop() -> None:
-            work.cancel()  # if it has not begun
-            transfer.stop()
+            for work in works:
+                work.cancel()  # if it has not begun
+            transfer.stop(HandoverFailed("the read was cancelled"))
 
-        await settled(asyncio.wrap_future(work), stop)
+        await settled(asyncio.gather(*map(asyncio.wrap_future, works), return_exceptions=True), stop)
+        if transfer.failure is not None:  # the first one; those of the other parts follow from it
+            raise transfer.failure
 
     def close(self) -> None:
         """See ``Link.close``."""
@@ -94,6 +105,7 @@ class TcpLink:
             self._idle.pop().wire.close()
 
     def _read(self, peer: PoolAddress, pairs: Pairs, claim: Claim, transfer: "_Transfer") -> None:
+        """One part of a read, over a connection of its own. If it fails it stops the other parts too."""
         connection: _Connection | None = None
         try:
             connection = self._reuse(peer) or self._connect(peer, transfer)
@@ -104,12 +116,12 @@ class TcpLink:
                 damaged = connection.fetch(damaged, claim, transfer)
             if damaged:
                 raise HandoverFailed(f"the block in the peer's slot {damaged[0][0]} arrived damaged twice")
-            transfer.uses(None)
+            transfer.leaves(connection.wire)
         except BaseException as error:
             if connection is not None:
                 connection.wire.close()
-            if isinstance(error, OSError):
-                raise HandoverFailed(f"the TCP link to the peer broke: {error}") from error
+            broke = isinstance(error, OSError)
+            transfer.stop(HandoverFailed(f"the TCP link to the peer broke: {error}") if broke else error)
             raise
         connection.since = time.monotonic()
         with self._lock:
@@ -163,30 +175,37 @@ class TcpLink:
 
 
 class _Transfer:
-    """One read, which the event loop can stop while a thread carries it out."""
+    """One read, which the event loop can stop while threads carry out its parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.failure: BaseException | None = None  # why it was stopped
         self._lock = threading.Lock()
-        self._stopped = False
-        self._wire: Wire | None = None
+        self._wires: set[Wire] = set()
 
-    def uses(self, wire: Wire | None) -> None:
-        """This is the wire that it waits on from now on. ``HandoverFailed`` if it is stopped."""
+    def uses(self, wire: Wire) -> None:
+        """It waits on this wire from now on. ``HandoverFailed`` if it is stopped."""
         with self._lock:
-            self._wire = wire
+            self._wires.add(wire)
+        self.check()
+
+    def leaves(self, wire: Wire) -> None:
+        """It waits on this wire no longer. ``HandoverFailed`` if it is stopped."""
+        with self._lock:
+            self._wires.discard(wire)
         self.check()
 
     def check(self) -> None:
         """``HandoverFailed`` if it is stopped."""
-        if self._stopped:
-            raise HandoverFailed("the read was cancelled")
+        if self.failure is not None:
+            raise HandoverFailed("the read was stopped")
 
-    def stop(self) -> None:
+    def stop(self, why: BaseException) -> None:
         """End it, as soon as can be."""
         with self._lock:
-            self._stopped = True
-            if self._wire is not None:
-                self._wire.abort()
+            self.failure = self.failure or why
+            for wire in self._wires:
+                wire.abort()
 
 
 @dataclass
@@ -209,28 +228,30 @@ class _Connection:
             self.serial += 1
             request = Read(self.serial, claim.handover, claim.attempt, [theirs for theirs, _ in batch])
             self.wire.say(request, PATIENCE)
-            header = self.wire.take(HEADER.size, time.monotonic() + PATIENCE)
+            head = self.wire.take(_HEAD, time.monotonic() + PATIENCE)
             for index, (theirs, ours) in enumerate(batch):
                 transfer.check()
-                if not self.block(header if index == 0 else None, theirs, ours):
+                if not self.block(head if index == 0 else None, theirs, ours, transfer.parts):
                     damaged.append((theirs, ours))
         return damaged
 
-    def block(self, header: bytearray | None, theirs: Slot, ours: Slot) -> bool:
-        """Receive the next block; whether it is whole.
+    def block(self, head: bytearray | None, theirs: Slot, ours: Slot, sharing: int = 1) -> bool:
+        """Receive the next block; whether it is whole. ``sharing``: connections that share the network's speed.
 
         Raises:
             HandoverFailed: the peer refuses it, broke the protocol, or is too slow.
             OSError: the connection broke or went silent.
         """
         start, slowest = time.monotonic(), self.slowest()
-        fair = self.peer.block_bytes / slowest
+        fair = sharing * self.peer.block_bytes / slowest
         deadline = start + PATIENCE - self.behind + fair
-        kind, size = FRAMING.parse_header(header or self.wire.take(HEADER.size, deadline), self.peer.block_bytes)
+        head = head or self.wire.take(_HEAD, deadline)
+        kind, size = FRAMING.parse_header(head[: HEADER.size], self.peer.block_bytes)
         if kind is Kind.MESSAGE:
-            FRAMING.parse_message(self.wire.take(size, deadline), Read)  # a refusal raises
+            body = head[HEADER.size :] + self.wire.take(max(0, size - BLOCK.size), deadline)
+            FRAMING.parse_message(body[:size], Read)  # a refusal raises
             raise HandoverFailed("the peer sent a message instead of a block")
-        serial, slot, digest = BLOCK.unpack(self.wire.take(BLOCK.size, deadline))
+        serial, slot, digest = BLOCK.unpack_from(head, HEADER.size)
         if (serial, slot) != (self.serial, theirs):
             raise HandoverFailed(f"the peer sent slot {slot} of request {serial}, not {theirs} of {self.serial}")
         space = self.staging.space(ours)
