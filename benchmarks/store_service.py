@@ -47,6 +47,7 @@ def _raw(blocks: int, size: int, pool: Pool) -> Iterator[tuple[Callable[[], None
             raw = socket.create_connection(("127.0.0.1", port))
             break
         except ConnectionRefusedError:
+            assert peer.is_alive(), "the raw socket's other end has died"
             peer.join(0.05)
     buffer = memoryview(bytearray(size))
 

@@ -115,7 +115,7 @@ async def test_memory_that_cannot_be_mapped(monkeypatch: pytest.MonkeyPatch) -> 
         assert target.right(MANY)
         assert tier.mapped == 0
         (shop,) = [task.result() for task in server._shops.values()]
-        assert not shop._tiers[0]._shelf._pins
+        await until(lambda: not shop._tiers[0]._shelf._pins)
 
 
 async def test_a_reader_that_dawdles_has_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +145,10 @@ async def test_a_flipped_bit_in_the_services_memory(monkeypatch: pytest.MonkeyPa
         target = Taken()
         assert await tier.get(MANY, target) == 5
         assert target.right(MANY)
+        assert tier.usage().damaged == 1
+        assert not (await tier.contains(MANY))[5], "the service has looked for itself, and given it up"
+        assert await tier.put(MANY, Given(MANY)) == len(MANY)
+        assert await tier.get(MANY, Taken()) == len(MANY)
 
 
 async def test_blocks_sink_to_the_services_disk_and_rise_again(tmp_path: Path) -> None:

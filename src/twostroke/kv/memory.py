@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ _STEP = 64 << 20  # bytes that are populated in one call, which holds the GIL
 Bytes = npt.NDArray[np.uint8]
 
 
+@cache
 def host_id() -> str:
     """Names this machine's running kernel and our pid namespace: only processes that agree on both find each other's
     memory. Containers mostly do not.

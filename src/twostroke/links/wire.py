@@ -42,7 +42,7 @@ class Wire:
         self._socket.setblocking(True)
 
     def send(
-        self, head: bytes, body: memoryview | None = None, *, seconds: float, silence: float | None = None
+        self, head: bytes | memoryview, body: memoryview | None = None, *, seconds: float, silence: float | None = None
     ) -> None:
         """Send all of it. ``OSError`` if the connection broke, takes it no faster than in ``seconds``, or takes nothing
         for ``silence``.

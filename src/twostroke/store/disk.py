@@ -125,7 +125,7 @@ class _Folder:
         segment.write(at, key, block)
 
     def commit(self, slots: Sequence[int]) -> None:
-        """See ``Medium.commit``."""
+        """See ``Lasting.commit``."""
         self._check()
         for segment, places in self._by_segment(slots).items():
             segment.commit(places)

@@ -71,20 +71,26 @@ class Done(Struct, frozen=True, tag=8, forbid_unknown_fields=True):
 
 
 class Borrow(Struct, frozen=True, tag=12, forbid_unknown_fields=True):
-    """Hold these blocks in the service's memory, which I can map if I am on its machine."""
+    """Hold these blocks in the service's memory, which I read there if I am on its machine."""
 
     keys: Keys
-    host: Name  # ``host_id`` of the client
+    host: Name | None  # ``host_id`` of the client; None: it cannot map that memory
 
 
 class Lent(Struct, frozen=True, tag=13, forbid_unknown_fields=True):
-    """Service → client: the first blocks are in these slots, and stay there until the client has said ``Done``. That is
-    answered by ``Done`` if it came in time; only then do they count. Without slots nothing follows.
+    """Service → client: the first blocks are in these slots, and stay there until the client has said ``Returned``.
+    That is answered by ``Done`` if it came in time; only then do they count. Without slots nothing follows.
     """
 
-    pool: PoolAddress | None  # None: its memory cannot be mapped, from there or at all
+    pool: PoolAddress | None  # None: it cannot be mapped; their payloads follow, in this order
     slots: Annotated[list[Count], Meta(max_length=MAX_KEYS)]
     digests: Annotated[bytes, Meta(max_length=16 * MAX_KEYS)]  # one after the other
+
+
+class Returned(Struct, frozen=True, tag=18, forbid_unknown_fields=True):
+    """I have read what was lent."""
+
+    damaged: Annotated[list[Count], Meta(max_length=MAX_KEYS)]  # which of it did not verify: look for yourself
 
 
 class Order(Struct, frozen=True, tag=16, forbid_unknown_fields=True):
@@ -129,7 +135,7 @@ Request = Has | Get | Put | Ask | Borrow | Offer | Order
 FRAMING = Framing(
     b"2sts",
     VERSION,
-    Request | Hello | Challenge | Proof | Mask | Done | Answer | Refused | Lent | Copied | Outcome,
+    Request | Hello | Challenge | Proof | Mask | Done | Answer | Refused | Lent | Returned | Copied | Outcome,
     most=MAX_MESSAGE,
     block=BLOCK,
     error=TierFailed,

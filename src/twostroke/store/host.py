@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Area, Bytes, PoolMemory
-from twostroke.messages import PoolAddress
 from twostroke.store.eviction import Lru, Policy
 from twostroke.store.format import Sealed
 from twostroke.store.slots import SlotTier
@@ -50,16 +49,12 @@ class _Arena:
 
     def space(self, slot: int) -> memoryview:
         """See ``Medium.space``."""
-        assert self._memory is not None, "it is open"
-        view: memoryview = self._memory.slots[slot].data
+        view: memoryview = self.memory.slots[slot].data
         return view
 
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
         """See ``Medium.write``."""
         self.digests[slot] = block.digest
-
-    def commit(self, slots: Sequence[int]) -> None:
-        """See ``Medium.commit``."""
 
     def forget(self, slot: int) -> None:
         """See ``Medium.forget``."""
@@ -74,10 +69,10 @@ class _Arena:
         self._memory = self._area = None
 
     @property
-    def address(self) -> PoolAddress:
-        """Where others on this machine find the slots."""
+    def memory(self) -> PoolMemory:
+        """The slots, and where others on this machine find them."""
         assert self._memory is not None, "it is open"
-        return self._memory.address
+        return self._memory
 
 
 class Loan:
@@ -85,13 +80,14 @@ class Loan:
 
     def __init__(self, tier: "HostTier", keys: Sequence[BlockKey]) -> None:
         self._shelf = tier._shelf
-        self._keys = keys
+        self.keys = keys
+        self.memory = tier.arena.memory
         self.slots = self._shelf.pin(keys)
         self.digests = b"".join(tier.arena.digests[slot] for slot in self.slots)
 
     def release(self) -> None:
         """They may be evicted."""
-        for key, slot in zip(self._keys, self.slots, strict=False):
+        for key, slot in zip(self.keys, self.slots, strict=False):
             self._shelf.unpin(key, slot)
 
 

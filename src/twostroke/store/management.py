@@ -68,10 +68,10 @@ class _Desk:
         good = 0
         for first in range(0, len(keys), _BATCH):
             some = keys[first : first + _BATCH]
-            whole = _Whole()
+            whole = Whole()
             await self._stage.run(self._stage.tier.get(some, whole))
             for index in set(range(len(some))) - whole.indices:  # behind one that is gone, or gone itself
-                await self._stage.run(self._stage.tier.get([some[index]], one := _Whole()))
+                await self._stage.run(self._stage.tier.get([some[index]], one := Whole()))
                 good += len(one.indices)
             good += len(whole.indices)
         return good
@@ -80,7 +80,7 @@ class _Desk:
         return ManagedTier(self._stage.report(), self._layout, **what)  # type: ignore[arg-type]
 
 
-class _Whole(Target):
+class Whole(Target):
     """See ``Target``: notes which blocks came."""
 
     def __init__(self) -> None:

@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -45,18 +46,20 @@ from twostroke.store.frames import (
     Outcome,
     Put,
     Request,
+    Returned,
     parse_request,
     split,
 )
-from twostroke.store.host import HostTier
-from twostroke.store.management import manage
-from twostroke.store.service import BATCH_BYTES, PATIENCE, SLOWEST
+from twostroke.store.host import HostTier, Loan
+from twostroke.store.management import Whole, manage
+from twostroke.store.service import PATIENCE, SLOWEST
 from twostroke.store.slots import SlotTier
 from twostroke.store.store import Hold, Store
 from twostroke.store.tier import Place, Source, Target, TierFailed
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
+INBOX_BYTES = 8 << 20  # of blocks that are received while as many are stored
 _CALL_SECONDS = 30.0
 Result = TypeVar("Result")
 Make = Callable[[str, int], Sequence[SlotTier]]  # tiers for a layout: fingerprint, bytes of a block
@@ -119,18 +122,21 @@ class Shop:
             if not got:
                 break
 
-    async def lend(self, keys: Sequence[BlockKey], host: str) -> tuple[Lent, Callable[[], None]] | None:
-        """Hold blocks in the first tier for a client on that host, until the second result is called. None if it cannot
-        map that tier's memory.
-        """
+    async def lend(self, keys: Sequence[BlockKey]) -> Loan | None:
+        """Hold the first blocks that are in the first tier. None if that is not memory."""
         tier = self._tiers[0]
-        if host != host_id() or not isinstance(tier, HostTier) or not self.store.stages[0].in_service:
+        if not isinstance(tier, HostTier) or not self.store.stages[0].in_service:
             return None
         fresh = list(takewhile(self._fresh, keys))
         await self.store.stages[0].contains(fresh)  # they are used
         loan = tier.lend(fresh)
         self.store.stages[0].count("hits", len(loan.slots))
-        return Lent(tier.arena.address, loan.slots, loan.digests), loan.release
+        return loan
+
+    async def check(self, keys: Sequence[BlockKey]) -> None:
+        """Give up those blocks of the first tier that are damaged there, and not on the way to whoever says so."""
+        for key in keys:
+            await self.store.stages[0].run(self._tiers[0].get([key], Whole()))
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """Store blocks; how many of them are here now. They sink from the first tier into the others."""
@@ -268,32 +274,44 @@ class Server:
                 wanted = split(keys)
                 mask = [not here for here in self._call(shop.has(wanted))]
                 wire.say(Mask(bytes(mask)), PATIENCE)
-                blocks = inbox.take(len(wanted))
-                stored = self._call(shop.put([wanted[index] for index in blocks], _Taken(list(blocks.values()))))
-                wire.say(Done(stored + mask.count(False)), PATIENCE)
+                wire.say(Done(self._take(shop, inbox, wanted) + mask.count(False)), PATIENCE)
             case Offer():
                 wire.say(self._copy(wire, shop, request), PATIENCE)
-            case Borrow(keys, host):
-                self._lend(wire, shop, split(keys), host)
+            case Borrow():
+                self._lend(wire, shop, request)
             case Ask():
                 wire.say(Answer(self._call(_reports(shop))), PATIENCE)
             case Order():
                 raise TierFailed("this connection is for blocks of one layout")
 
-    def _lend(self, wire: Wire, shop: Shop, keys: Sequence[BlockKey], host: str) -> None:
-        loan = self._call(shop.lend(keys, host))
+    def _take(self, shop: Shop, inbox: "_Inbox", keys: Sequence[BlockKey]) -> int:
+        """Store what a client sends, while it sends more: how many of the blocks are here now."""
+        stored, storing = 0, None
+        for blocks in inbox.batches(len(keys)):
+            stored += storing.result(_CALL_SECONDS) if storing else 0
+            storing = self._begin(shop.put([keys[index] for index in blocks], _Taken(list(blocks.values()))))
+        return stored + (storing.result(_CALL_SECONDS) if storing else 0)
+
+    def _lend(self, wire: Wire, shop: Shop, request: Borrow) -> None:
+        """Whoever can map our memory reads blocks there; to others they are sent out of it."""
+        loan = self._call(shop.lend(split(request.keys)))
         if loan is None:
             wire.say(Lent(None, [], b""), PATIENCE)
             return
-        lent, release = loan
+        maps, patience = request.host == host_id(), PATIENCE + shop.block_bytes / SLOWEST
         try:
-            wire.say(lent, PATIENCE)
-            if lent.slots:
-                seconds = PATIENCE + len(lent.slots) * shop.block_bytes / SLOWEST
-                wire.hear(Done, time.monotonic() + seconds)
-                wire.say(Done(len(lent.slots)), PATIENCE)
+            wire.say(Lent(loan.memory.address if maps else None, loan.slots, loan.digests), PATIENCE)
+            for slot in () if maps else loan.slots:
+                wire.send(loan.memory.slots[slot].data, seconds=patience)
+            if loan.slots:
+                deadline = time.monotonic() + PATIENCE + len(loan.slots) * shop.block_bytes / SLOWEST
+                damaged = wire.hear(Returned, deadline).damaged
+                if max(damaged, default=0) >= len(loan.slots):
+                    raise TierFailed("the client returned other blocks")
+                self._call(shop.check([loan.keys[index] for index in damaged]))
+                wire.say(Done(len(loan.slots)), PATIENCE)
         finally:
-            self._loop.call_soon_threadsafe(release)
+            self._loop.call_soon_threadsafe(loan.release)
 
     def _copy(self, wire: Wire, shop: Shop, offer: Offer) -> Copied:
         keys, memory = split(offer.keys), self._map(wire, offer.pool, shop.block_bytes)
@@ -319,11 +337,14 @@ class Server:
         return self._maps[wire][1]
 
     def _call(self, work: Coroutine[Any, Any, Result], seconds: float = _CALL_SECONDS) -> Result:
-        """On the event loop."""
+        """What it comes to on the event loop."""
+        return self._begin(work).result(seconds)
+
+    def _begin(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
         if self._closed:
             work.close()
             raise TierFailed("the service is shutting down")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 class _Outlet(Target):
@@ -380,28 +401,42 @@ class _Inbox:
     def __init__(self, wire: Wire, block_bytes: int) -> None:
         self._wire = wire
         self._block_bytes = block_bytes
-        self._most = max(1, BATCH_BYTES // block_bytes)
+        self._most = max(1, INBOX_BYTES // block_bytes)  # blocks of a batch
         self._memory: memoryview | None = None
 
-    def take(self, most: int) -> dict[int, Sealed]:
-        """Blocks by index, verified, up to ``Done``. Good until the next call."""
+    def batches(self, most: int) -> Iterator[dict[int, Sealed]]:
+        """Blocks by index below ``most``, verified, up to ``Done``. Each batch is good until the next but one is asked
+        for.
+        """
+        size, seen, first = self._block_bytes, set[int](), 0
         if self._memory is None:
-            self._memory = aligned(self._most * self._block_bytes)
-        wire, size, blocks = self._wire, self._block_bytes, dict[int, Sealed]()
-        for count in range(self._most + 1):
-            deadline = time.monotonic() + PATIENCE + size / SLOWEST
-            kind, body = FRAMING.parse_header(wire.take(HEADER.size, deadline), size)
-            if kind is Kind.MESSAGE:
-                FRAMING.parse_message(wire.take(body, deadline), Done)
-                return blocks
-            index, digest = BLOCK.unpack(wire.take(BLOCK.size, deadline))
-            if index >= most or index in blocks or count == self._most:
-                break
-            payload = self._memory[count * size : (count + 1) * size]
-            wire.receive(payload, deadline)
-            with suppress(Corrupt):  # damaged on the way: the client keeps it
-                blocks[index] = verify(Sealed(payload, digest))
-        raise TierFailed("more blocks were sent than were asked for")
+            self._memory = aligned(2 * self._most * size)
+        while True:
+            blocks: dict[int, Sealed] = {}
+            for place in range(first, first + self._most):
+                received = self._receive(self._memory[place * size : (place + 1) * size])
+                if received is None:
+                    yield blocks
+                    return
+                index, block = received
+                if index >= most or index in seen:
+                    raise TierFailed("other blocks were sent than were asked for")
+                seen.add(index)
+                with suppress(Corrupt):  # damaged on the way: the client keeps it
+                    blocks[index] = verify(block)
+            yield blocks
+            first = self._most - first
+
+    def _receive(self, space: memoryview) -> tuple[int, Sealed] | None:
+        """The next block's index, and the block in ``space``; None if there is none."""
+        wire, deadline = self._wire, time.monotonic() + PATIENCE + self._block_bytes / SLOWEST
+        kind, size = FRAMING.parse_header(wire.take(HEADER.size, deadline), self._block_bytes)
+        if kind is Kind.MESSAGE:
+            FRAMING.parse_message(wire.take(size, deadline), Done)
+            return None
+        index, digest = BLOCK.unpack(wire.take(BLOCK.size, deadline))
+        wire.receive(space, deadline)
+        return index, Sealed(space, digest)
 
 
 async def _reports(shop: Shop) -> list[TierReport]:

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -42,6 +43,7 @@ from twostroke.store.frames import (
     Order,
     Outcome,
     Put,
+    Returned,
 )
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
@@ -49,7 +51,8 @@ from twostroke.store.tier import Source, Target, TierFailed, Usage
 log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 SLOWEST = 32 << 20  # bytes a second
-BATCH_BYTES = 16 << 20  # that the service holds, or copies, at once
+_OFFER_BYTES = 8 << 20  # that the service copies at once
+_AHEAD = 1  # offers that it has while it copies another
 _THREADS = 4
 _LEAST = 8  # blocks that are worth a connection of their own
 Result = TypeVar("Result")
@@ -94,8 +97,12 @@ class Session:
                 FRAMING.parse_message(self.wire.take(size, self._deadline()), Done)
                 return
             index, digest = BLOCK.unpack(self.wire.take(BLOCK.size, self._deadline()))
-            self.wire.receive(self._buffer, self._deadline())
-            yield index, Sealed(self._buffer, digest)
+            yield index, Sealed(self.payload(), digest)
+
+    def payload(self) -> memoryview:
+        """The next block's, as of those that were lent; good until the next."""
+        self.wire.receive(self._buffer, self._deadline())
+        return self._buffer
 
     def send(self, index: int, block: Sealed) -> None:
         """Send a block."""
@@ -168,11 +175,12 @@ class ServiceTier:
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""
-        size = max(1, min(MAX_KEYS, BATCH_BYTES // self._block_bytes))
 
         def some(session: Session, first: int, end: int) -> int:
-            batches = [(keys[at : min(end, at + size)], at) for at in range(first, end, size)]
-            return sum(self._offer(session, *batch, source) or _put(session, *batch, source) for batch in batches)
+            done, stored = self._offer(session, keys[first:end], first, source)
+            for at in range(first + done, end, MAX_KEYS):
+                stored += _put(session, keys[at : min(end, at + MAX_KEYS)], at, source)
+            return stored
 
         stored = await self._parts(some, len(keys))
         self._reports = (await self._run(lambda session: session.ask(Ask(), Answer))).tiers
@@ -208,28 +216,50 @@ class ServiceTier:
         except OSError as error:
             raise TierFailed(str(error)) from error
 
-    def _offer(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> int:
-        """Have the service copy blocks out of our memory: how many it has now, none if it cannot."""
-        places = [source.where(first + index) for index in range(len(keys))] if session.offers else []
-        pool = places[0].pool if places and places[0] is not None else None
+    def _offer(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> tuple[int, int]:
+        """Have the service copy blocks out of our memory, while we take the next ones' digests: how many of the first
+        keys that is, none if it cannot, and how many of them it has now.
+        """
+        size, waiting = max(1, min(MAX_KEYS, _OFFER_BYTES // self._block_bytes)), deque[Offer]()
+        done = stored = 0
+
+        def hear() -> None:
+            nonlocal done, stored
+            offer, copied = waiting.popleft(), session.hear(Copied)
+            session.offers = session.offers and copied.mapped
+            done += len(offer.slots) if session.offers else 0
+            stored += copied.count if session.offers else 0
+
+        for at in range(0, len(keys), size):
+            offer = self._describe(keys[at : at + size], first + at, source) if session.offers else None
+            if offer is None:
+                break
+            session.say(offer)
+            waiting.append(offer)
+            if len(waiting) > _AHEAD + 1:
+                hear()
+        while waiting:
+            hear()
+        self.offered += stored
+        return done, stored
+
+    def _describe(self, keys: Sequence[BlockKey], first: int, source: Source) -> Offer | None:
+        """Where the service finds blocks; None if it does not."""
+        places = [source.where(first + index) for index in range(len(keys))]
+        pool = places[0].pool if places[0] is not None else None
         if pool is None or pool.host != self._host:
-            return 0
+            return None
         slots = [place.slot for place in places if place is not None and place.pool == pool]
         blocks = [source.block(first + index) for index in range(len(keys))]
         digests = [block.digest for block in blocks if block is not None]
         if not len(slots) == len(digests) == len(keys):
-            return 0
-        copied = session.ask(Offer(b"".join(keys), pool, slots, b"".join(digests)), Copied)
-        session.offers = copied.mapped
-        self.offered += copied.count
-        return copied.count
+            return None
+        return Offer(b"".join(keys), pool, slots, b"".join(digests))
 
     def _get(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
         """Indices of the blocks that came whole."""
-        came = self._borrow(session, keys, first, target) if session.maps else set()
-        lent = len(came)
-        keys = keys[lent:]
-        first += lent
+        lent, came = self._borrow(session, keys, first, target)
+        keys, first = keys[lent:], first + lent
         if not keys:
             return came
         session.say(Get(b"".join(keys)))
@@ -245,34 +275,37 @@ class ServiceTier:
                 came.add(first + index)
         return came
 
-    def _borrow(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
-        """Read the first blocks out of the service's memory, as many as are there."""
-        lent = session.ask(Borrow(b"".join(keys), self._host), Lent)
-        if lent.pool is None:
-            session.maps = False
-        if lent.pool is None or not lent.slots:
-            return set()
-        if len(lent.slots) > len(keys) or len(lent.digests) != 16 * len(lent.slots):
+    def _borrow(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> tuple[int, set[int]]:
+        """Have the service hold the first blocks in its memory, as many as are there, and read them: how many these
+        are, and indices of those that came whole.
+        """
+        lent = session.ask(Borrow(b"".join(keys), self._host if session.maps else None), Lent)
+        count = len(lent.slots)
+        if count > len(keys) or len(lent.digests) != 16 * count:
             raise TierFailed("the service lent other blocks")
-        memory = self._map(lent.pool)
-        came: set[int] = set()
-        for index, slot in enumerate(lent.slots if memory is not None else ()):
-            if memory is None or slot >= len(memory):
-                break
-            block = Sealed(memory[slot].data, lent.digests[16 * index : 16 * index + 16])
+        if not count:
+            return 0, set()
+        memory = None if lent.pool is None else self._map(lent.pool)
+        session.maps = memory is not None
+        if memory is None and lent.pool is not None:
+            session.ask(Returned([]), Done)
+            return self._borrow(session, keys, first, target)
+        came, damaged = set[int](), list[int]()
+        for index, slot in enumerate(lent.slots):
+            digest = lent.digests[16 * index : 16 * index + 16]
             try:
-                placed = target.place(first + index, verify(block))
+                block = verify(Sealed(session.payload() if memory is None else _view(memory, slot), digest))
             except Corrupt:
-                self._damaged += 1
+                damaged.append(index)
+                continue
+            if target.place(first + index, block):
+                came.add(first + index)
+            elif memory is not None:
                 break
-            if not placed:
-                break
-            came.add(first + index)
-        session.ask(Done(len(came)), Done)  # they were held all the time
-        if memory is None:
-            session.maps = False
-        self.mapped += len(came)
-        return came
+        session.ask(Returned(damaged), Done)  # they were held all the time
+        self._damaged += len(damaged)
+        self.mapped += len(came) if memory is not None else 0
+        return count, came
 
     def _map(self, pool: PoolAddress) -> Bytes | None:
         """The service's memory; None if it cannot be mapped."""
@@ -310,6 +343,14 @@ class ServiceTier:
         session.wire.close()
         self._sessions.discard(session)
         self._local.session = None
+
+
+def _view(memory: Bytes, slot: int) -> memoryview:
+    """A slot of the service's."""
+    if slot >= len(memory):
+        raise TierFailed("the service lent a slot outside its memory")
+    view: memoryview = memory[slot].data
+    return view
 
 
 def _put(session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> int:

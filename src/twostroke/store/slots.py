@@ -52,10 +52,6 @@ class Medium(Protocol):
         """Put a block into a slot; its bytes are there already if there was a ``space`` for them."""
         ...
 
-    def commit(self, slots: Sequence[int]) -> None:
-        """What was written into these slots is to be found at the next ``open``."""
-        ...
-
     def forget(self, slot: int) -> None:
         """What is in the slot is not to be found any more."""
         ...
@@ -68,6 +64,10 @@ class Medium(Protocol):
 @runtime_checkable
 class Lasting(Protocol):
     """A medium whose blocks outlive the process, and with them which of them are pinned."""
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """What was written into these slots is to be found at the next ``open``."""
+        ...
 
     def pin(self, slots: Sequence[int], pinned: bool) -> None:
         """What is in these slots is, or is not, to be pinned at the next ``open``. ``OSError``."""
@@ -99,6 +99,7 @@ class SlotTier:
         self.name = name
         self.quota: int | None = None  # bytes that a tenant may have here, from the next ``open`` on
         self._medium = medium
+        self._lasting = medium if isinstance(medium, Lasting) else None
         self._policy = policy
         self._capacity = capacity
         self._threads = Threads(threads, name)
@@ -123,7 +124,7 @@ class SlotTier:
         self._evictions += self._shelf.evictions
         most = None if self.quota is None else self.quota // self._medium.slot_bytes
         self._shelf = Shelf(self._medium.size(), self._policy(), Quotas(most, self._policy))
-        self._shelf.restore(found, self._medium.pinned() if isinstance(self._medium, Lasting) else ())
+        self._shelf.restore(found, () if self._lasting is None else self._lasting.pinned())
 
     async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
         """See ``Tier.contains``."""
@@ -160,7 +161,7 @@ class SlotTier:
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """See ``Tier.put``."""
-        shelf = self._shelf
+        shelf, lasting = self._shelf, self._lasting
         missing = [i for i, here in enumerate(shelf.contains(keys)) if not here]
         if not missing or time.monotonic() < self._paused:
             return len(keys) - len(missing)
@@ -176,8 +177,8 @@ class SlotTier:
                 lambda run: self._store(source, [taken[i] for i in run]), len(taken), self._run(len(taken))
             )
             done = [job for job, result in zip(taken, results, strict=True) if result is True]
-            if done:
-                await self._threads.run(lambda: self._medium.commit([slot for _, _, slot in done]))
+            if done and lasting is not None:
+                await self._threads.run(lambda: lasting.commit([slot for _, _, slot in done]))
             written = {key for _, key, _ in done}
             _check(results)
         except OSError as error:
@@ -205,12 +206,12 @@ class SlotTier:
         """See ``Managed.pin``."""
         shelf = self._shelf
         found = shelf.protect(keys) if pinned else shelf.expose(keys)
-        medium = self._medium
-        if found and isinstance(medium, Lasting):
+        lasting = self._lasting
+        if found and lasting is not None:
             held = [key for key in found if shelf.pin([key])]
             self._use(1)
             try:
-                await self._threads.run(lambda: medium.pin([found[key] for key in held], pinned))
+                await self._threads.run(lambda: lasting.pin([found[key] for key in held], pinned))
             except OSError as error:
                 raise TierFailed(_why(error)) from error
             finally:
