@@ -76,9 +76,24 @@ async def test_a_slot_that_was_used_again_meanwhile_holds_no_block(
         assert target.right(MANY)
 
 
-async def test_memory_that_the_service_cannot_map_is_sent(
+async def test_several_offers_at_once(
     service: tuple[Server, int], pool: PoolMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("twostroke.store.service._OFFER_BYTES", 3 * BYTES)
+    async with client(service[1]) as tier:
+        assert await tier.put(MANY, source(pool)) == tier.offered == len(MANY)
+        pool.slots[:] = 0
+        target = Taken()
+        assert await tier.get(MANY, target) == len(MANY)
+        assert target.right(MANY)
+
+
+@pytest.mark.parametrize("size", [3 * BYTES, 1 << 20], ids=["several offers", "one"])
+async def test_memory_that_the_service_cannot_map_is_sent(
+    service: tuple[Server, int], pool: PoolMemory, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twostroke.store.service._OFFER_BYTES", size)
+
     def refuse(_: PoolAddress) -> Bytes:
         raise HandoverFailed("no")
 

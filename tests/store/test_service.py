@@ -26,11 +26,11 @@ from twostroke.links.framing import HEADER
 from twostroke.messages import PoolAddress
 from twostroke.store import service
 from twostroke.store.format import Sealed
-from twostroke.store.frames import FRAMING, MAX_MESSAGE, VERSION, Mask, split
+from twostroke.store.frames import FRAMING, MAX_MESSAGE, VERSION, Borrow, Done, Lent, Mask, Returned, split
 from twostroke.store.host import HostTier
 from twostroke.store.process import tiers
 from twostroke.store.server import Server
-from twostroke.store.service import ServiceTier
+from twostroke.store.service import ServiceTier, Session
 from twostroke.store.tier import TierFailed
 
 MiB = 1 << 20
@@ -341,6 +341,39 @@ async def test_bits_that_flip_on_the_way(monkeypatch: pytest.MonkeyPatch) -> Non
                 assert target.right(some)
                 assert tier.usage().damaged == 1
                 assert await tier.get(some, Taken()) == 7
+
+
+async def test_more_blocks_than_are_received_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are stored while others come, of which one is damaged on the way."""
+    monkeypatch.setattr(service, "host_id", lambda: "elsewhere")
+    monkeypatch.setattr("twostroke.store.server.INBOX_BYTES", 3 * BYTES)
+    async with serving(MEMORY) as (_, port):
+        with proxy(("127.0.0.1", port), up=Faults(flip=(12_345,))) as network:
+            async with client(network.port) as tier:
+                assert await tier.put(MANY, Given(MANY, gone=[7])) == len(MANY) - 2
+                missing = [key for key, here in zip(MANY, await tier.contains(MANY), strict=True) if not here]
+                assert MANY[7] in missing
+                assert await tier.put(MANY, Given(MANY)) == len(MANY)
+                target = Taken()
+                assert await tier.get(MANY, target) == len(MANY)
+                assert target.right(MANY)
+
+
+async def test_only_what_was_lent_can_come_back() -> None:
+    async with serving(MEMORY) as (server, port), client(port) as tier:
+        await tier.put(MANY, Given(MANY))
+
+        def lie(session: Session) -> None:
+            assert len(session.ask(Borrow(b"".join(MANY[:3]), None), Lent).slots) == 3
+            for _ in range(3):
+                session.payload()
+            session.ask(Returned([3]), Done)
+
+        with pytest.raises(TierFailed, match="other blocks"):
+            await tier._run(lie)
+        (shop,) = [task.result() for task in server._shops.values()]
+        await until(lambda: not shop._tiers[0]._shelf._pins)
+        assert all(await tier.contains(MANY))
 
 
 async def test_a_client_that_vanishes_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
