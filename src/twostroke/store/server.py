@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -60,6 +60,7 @@ from twostroke.store.tier import Place, Source, Target, TierFailed
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
 INBOX_BYTES = 8 << 20  # of blocks that are received while as many are stored
+AT_ONCE = 2  # offers of a connection: what one waits for, threads and the event loop, the other copies meanwhile
 _CALL_SECONDS = 30.0
 Result = TypeVar("Result")
 Make = Callable[[str, int], Sequence[SlotTier]]  # tiers for a layout: fingerprint, bytes of a block
@@ -276,7 +277,7 @@ class Server:
                 wire.say(Mask(bytes(mask)), PATIENCE)
                 wire.say(Done(self._take(shop, inbox, wanted) + mask.count(False)), PATIENCE)
             case Offer():
-                wire.say(self._copy(wire, shop, request), PATIENCE)
+                self._copy(wire, shop, request)
             case Borrow():
                 self._lend(wire, shop, request)
             case Ask():
@@ -313,15 +314,29 @@ class Server:
         finally:
             self._loop.call_soon_threadsafe(loan.release)
 
-    def _copy(self, wire: Wire, shop: Shop, offer: Offer) -> Copied:
+    def _copy(self, wire: Wire, shop: Shop, offer: Offer) -> None:
+        """Have what is offered copied, and with it what else is offered meanwhile: answers come in order."""
+        copying = deque([self._begin_copy(wire, shop, offer)])
+        while copying:
+            if len(copying) < AT_ONCE and not wire.quiet:
+                following = _request(wire)
+                if not isinstance(following, Offer):
+                    raise TierFailed("the client asked for something else before it had heard of its offers")
+                copying.append(self._begin_copy(wire, shop, following))
+                continue
+            stored = copying.popleft()
+            wire.say(Copied(0 if stored is None else stored.result(_CALL_SECONDS), mapped=stored is not None), PATIENCE)
+
+    def _begin_copy(self, wire: Wire, shop: Shop, offer: Offer) -> "Future[int] | None":
+        """None if its memory cannot be mapped."""
         keys, memory = split(offer.keys), self._map(wire, offer.pool, shop.block_bytes)
         if memory is None:
-            return Copied(0, mapped=False)
+            return None
         if not len(keys) == len(offer.slots) == len(offer.digests) / 16 or max(offer.slots, default=0) >= len(memory):
             raise TierFailed("the client offered other blocks")
         digests = [offer.digests[at : at + 16] for at in range(0, len(offer.digests), 16)]
         blocks = [Sealed(memory[slot].data, digest) for slot, digest in zip(offer.slots, digests, strict=True)]
-        return Copied(self._call(shop.put(keys, _Taken(blocks))), mapped=True)
+        return self._begin(shop.put(keys, _Taken(blocks)))
 
     def _map(self, wire: Wire, pool: PoolAddress, block_bytes: int) -> Bytes | None:
         """A client's memory, mapped once for all of its connections; None if it cannot be."""

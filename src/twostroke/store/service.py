@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 SLOWEST = 32 << 20  # bytes a second
 _OFFER_BYTES = 8 << 20  # that the service copies at once
-_AHEAD = 1  # offers that it has while it copies another
+_AHEAD = 2  # offers of a connection that it has not answered while we prepare another
 _THREADS = 4
 _LEAST = 8  # blocks that are worth a connection of their own
 Result = TypeVar("Result")
@@ -236,7 +236,7 @@ class ServiceTier:
                 break
             session.say(offer)
             waiting.append(offer)
-            if len(waiting) > _AHEAD + 1:
+            if len(waiting) > _AHEAD:
                 hear()
         while waiting:
             hear()
