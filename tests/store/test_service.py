@@ -19,11 +19,12 @@ from tests.links.faults import Faults, proxy
 from tests.store.blocks import BYTES, FINGERPRINT, OTHER, Given, Taken, keys
 from twostroke import cli
 from twostroke.config import DiskTier, StoreConfig
-from twostroke.errors import HandoverFailed
+from twostroke.errors import HandoverFailed, StartupError
 from twostroke.kv import memory
 from twostroke.kv.memory import Bytes
 from twostroke.links.framing import HEADER
 from twostroke.messages import PoolAddress
+from twostroke.store import process as process_module
 from twostroke.store import service
 from twostroke.store.format import Sealed
 from twostroke.store.frames import FRAMING, MAX_MESSAGE, VERSION, Borrow, Done, Lent, Mask, Returned, split
@@ -195,6 +196,21 @@ async def test_the_first_client_does_not_wait_for_memory(monkeypatch: pytest.Mon
                 await tier.open()
                 assert await tier.put(MANY, Given(MANY)) == len(MANY)
                 assert await tier.get(MANY, Taken()) == len(MANY)
+
+
+def test_nobody_can_connect_before_there_is_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+
+    def look(_: StoreConfig) -> None:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+        raise StartupError("nobody listens yet")
+
+    monkeypatch.setattr(process_module, "tiers", look)
+    assert cli.run(["store", "--memory", "1MiB", "--port", str(port)]) == 2
+    assert "nobody listens yet" in capsys.readouterr().err
 
 
 async def test_blocks_have_a_lifetime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,14 +49,13 @@ def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
 
 def run(config: StoreConfig) -> int:
     """Serve until a signal. Raises ``StartupError`` if it cannot start."""
-    listening = bind(config.host, config.port)
     make = tiers(config)
-    kernel()  # before anybody waits for it
+    kernel()
+    listening = bind(config.host, config.port)  # not before: whoever can connect does not wait for memory
     return uvloop.run(_run(config, listening, make))
 
 
 async def _run(config: StoreConfig, listening: socket.socket, make: Callable[[str, int], list[SlotTier]]) -> int:
-    listening.listen(128)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
