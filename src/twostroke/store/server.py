@@ -59,7 +59,7 @@ from twostroke.store.tier import Place, Source, Target, TierFailed
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
-INBOX_BYTES = 8 << 20  # of blocks that are received while as many are stored
+INBOX_BYTES = 4 << 20  # of blocks that are received while as many are stored
 AT_ONCE = 2  # offers of a connection: what one waits for, threads and the event loop, the other copies meanwhile
 _CALL_SECONDS = 30.0
 Result = TypeVar("Result")
