@@ -91,6 +91,18 @@ async def test_what_one_worker_writes_others_read() -> None:
         assert other.usage().blocks == len(MANY)
 
 
+async def test_what_comes_one_after_the_other_has_one_connection() -> None:
+    async with serving(MEMORY) as (server, port), client(port) as tier:
+        for _ in range(8):
+            await tier.put(MANY[:3], Given(MANY[:3]))
+            assert await tier.get(MANY[:3], Taken()) == 3
+        (wire,) = server._listener.threads
+        wire.abort()
+        await until(lambda: not server._listener.threads)
+        assert all(await tier.contains(MANY[:3]))
+        assert len(tier._sessions) == 1, "the one that was hung up on is gone"
+
+
 async def test_over_the_connection_from_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "host_id", lambda: "elsewhere")
     async with serving(MEMORY) as (_, port), client(port) as tier:

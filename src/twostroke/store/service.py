@@ -1,4 +1,4 @@
-"""A tier that is a cache service: the client's end. Each of a few threads has a connection of its own. On the service's
+"""A tier that is a cache service: the client's end. Each of a few threads uses a connection by itself. On the service's
 machine blocks are read out of its memory, which holds them meanwhile, and it reads them out of ours; elsewhere they go
 over the connection.
 """
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from msgspec import Struct
@@ -139,8 +140,8 @@ class ServiceTier:
         self._secret = secret
         self._host = host_id()
         self._threads = Threads(_THREADS, self.name)
-        self._local = threading.local()
         self._sessions: set[Session] = set()
+        self._idle: list[Session] = []
         self._reports: list[TierReport] = []
         self._damaged = 0
         self._memory: tuple[PoolAddress, Bytes] | None = None  # the service's, mapped
@@ -326,23 +327,30 @@ class ServiceTier:
             raise TierFailed(str(error)) from error
 
     def _with_session(self, work: Callable[[Session], Result]) -> Result:
-        """Call ``work`` with this thread's session, a new one if the service has hung up since."""
-        session: Session | None = getattr(self._local, "session", None)
-        if session is None or not session.wire.quiet:
-            if session is not None:
-                self._drop(session)
-            session = self._local.session = Session(*self._where, self._fingerprint, self._block_bytes, self._secret)
-            self._sessions.add(session)
+        """Call ``work`` with a session that nobody uses."""
+        session = self._idle_session() or Session(*self._where, self._fingerprint, self._block_bytes, self._secret)
+        self._sessions.add(session)
         try:
-            return work(session)
+            result = work(session)
         except BaseException:
             self._drop(session)
             raise
+        self._idle.append(session)
+        return result
+
+    def _idle_session(self) -> Session | None:
+        """The one that was used last, whose buffers at both ends are in the caches. None if there is none."""
+        while self._idle:
+            with suppress(IndexError):  # another thread has taken it
+                session = self._idle.pop()
+                if session.wire.quiet:
+                    return session
+                self._drop(session)
+        return None
 
     def _drop(self, session: Session) -> None:
         session.wire.close()
         self._sessions.discard(session)
-        self._local.session = None
 
 
 def _view(memory: Bytes, slot: int) -> memoryview:
