@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from twostroke.errors import Overloaded, TooLarge, TwostrokeError, Unavailable
 
-KEEP_ALIVE = 3.0  # seconds that an idle connection to one of our servers may be used again: it closes it after 5
+KEEP_ALIVE = 3.0  # seconds that an idle connection to one of our servers may be used again; it keeps it a bit longer
 
 Headers = list[tuple[bytes, bytes]]
 

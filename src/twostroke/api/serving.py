@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from twostroke.api.alive import Protocol
+from twostroke.api.http import KEEP_ALIVE
 from twostroke.errors import PortInUse, StartupError
 
 _BACKLOG = 2048
@@ -77,6 +78,7 @@ async def serve(
             log_config=None,
             server_header=False,
             backlog=_BACKLOG,
+            timeout_keep_alive=math.ceil(KEEP_ALIVE) + 2,
             timeout_graceful_shutdown=math.ceil(shutdown_seconds),
         )
     )
