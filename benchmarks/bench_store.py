@@ -272,7 +272,7 @@ def run(section: str, path: Path, repeats: int, threads: int) -> tuple[list[Row]
                 "decodes": store_serving.DECODES,
                 "steps": store_serving.STEPS,
                 "background_tokens": store_serving.BACKGROUND,
-                "background_seconds": store_serving.EVERY,
+                "background_every": store_serving.EVERY,
             }
         case _:
             return eviction(), {}

@@ -12,7 +12,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ USERS, TURNS, AT_ONCE = 20, 8, 4
 OPENING, QUESTION, ANSWER = 32, 16, 8  # tokens: what a conversation starts with, and what each turn adds
 CHAT_POOL = 1200  # tokens, of up to 20 · 224
 DECODES, STEPS = 2, 48  # running at once, and tokens of each
-BACKGROUND, EVERY = 192, 1.0  # tokens of a prompt that comes every so many seconds meanwhile
+BACKGROUND, EVERY = 192, 6  # tokens of a prompt that comes meanwhile, whenever so many tokens have come
 Json = Any
 
 
@@ -46,8 +46,14 @@ def random_prompt(rng: random.Random, tokens: int) -> list[int]:
     return [rng.randrange(100, 49_000) for _ in range(tokens)]
 
 
-async def generate(http: aiohttp.ClientSession, url: str, prompt: Sequence[int], output: int) -> Reply:
-    """Send a prompt, and take so many tokens."""
+async def generate(
+    http: aiohttp.ClientSession,
+    url: str,
+    prompt: Sequence[int],
+    output: int,
+    heard: Callable[[int], None] = lambda _count: None,
+) -> Reply:
+    """Send a prompt, and take so many tokens. ``heard`` is told after each how many there are."""
     body: Json = {"input_ids": prompt, "stream": True}
     body["sampling_params"] = {"max_new_tokens": output, "temperature": 0, "ignore_eos": True}
     start, times, last = time.perf_counter(), [], b""
@@ -57,6 +63,7 @@ async def generate(http: aiohttp.ClientSession, url: str, prompt: Sequence[int],
             if line.startswith(b"data: {"):
                 times.append(time.perf_counter() - start)
                 last = line
+                heard(len(times))
     tokens = json.loads(last[6:])["output_ids"]
     assert len(tokens) == output, last
     return Reply(times[0], (times[-1] - times[0]) / max(1, output - 1), tokens)
@@ -162,14 +169,21 @@ async def chat(path: Path, threads: int) -> list[Row]:
 
 
 async def load(http: aiohttp.ClientSession, url: str, rng: random.Random) -> float:
-    """Milliseconds a token of some requests that decode, while others' prompts come at fixed times."""
-    running_ = [asyncio.create_task(generate(http, url, random_prompt(rng, 64), STEPS)) for _ in range(DECODES)]
-    background = []
-    while not all(task.done() for task in running_):
-        background.append(asyncio.create_task(generate(http, url, random_prompt(rng, BACKGROUND), 1)))
-        await asyncio.wait(running_, timeout=EVERY)
+    """Milliseconds a token of some requests that decode, while others' prompts come: always as many. Were these to come
+    at fixed times, whatever slows the machine down for a moment would have more of them come, and they slow it further.
+    """
+    background: list[asyncio.Task[Reply]] = []
+
+    def heard(count: int) -> None:
+        if count % EVERY == 0 and count < STEPS:
+            background.append(asyncio.create_task(generate(http, url, random_prompt(rng, BACKGROUND), 1)))
+
+    first, *others = [random_prompt(rng, 64) for _ in range(DECODES)]
+    replies = await asyncio.gather(
+        generate(http, url, first, STEPS, heard), *(generate(http, url, one, STEPS) for one in others)
+    )
     await asyncio.gather(*background)
-    return 1e3 * statistics.mean([(await task).tpot for task in running_])
+    return 1e3 * statistics.mean([reply.tpot for reply in replies])
 
 
 async def decode(path: Path, repeats: int, threads: int) -> list[Row]:
