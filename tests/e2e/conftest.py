@@ -1,6 +1,5 @@
 """The embedded model and what transformers itself generates with it, the reference of all end-to-end tests."""
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.prompts import LONGEST, TEXTS
-from tests.e2e.system import System, descendants, launch
+from tests.e2e.system import System, descendants, launch, left_shared, shared_files
 from tests.tiny import VOCAB, generate, make_model
 from twostroke import models
 
@@ -30,10 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left() -> Iterator[None]:
     """No process and no shared-memory file outlives the tests."""
-    before = set(os.listdir("/dev/shm"))
+    before = shared_files()
     yield
     assert descendants() == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert left_shared(before) == set()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,8 +189,8 @@ def launch(
         for (name, role), port in zip(roles.items(), ports, strict=False):
             worker = ["serve", *([str(model)] if model else []), "--role", role, "--name", name, "--threads", "1"]
             worker += [*engine, *(own or {}).get(name, ())]
-            if "--kv-memory" not in worker:  # or one worker would take all of a GPU's memory
-                worker += ["--kv-memory", "1GiB"]
+            if "--kv-memory" not in worker:  # or one would take all of a GPU's memory; and pages take time to make
+                worker += ["--kv-memory", "64MiB" if model else "1GiB"]
             system.workers[name] = start(name, port, worker)
             arguments += [pools[role], front(system.workers[name])]
         system.router = start("router", ports[-1], ["router", *arguments, *router])
@@ -235,9 +235,13 @@ async def stream(session: aiohttp.ClientSession, url: str, body: Json, **headers
 
 @asynccontextmanager
 async def client(headers: dict[str, str] | None = None) -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without limits or timeouts of its own; ``headers`` go with each request."""
+    """A session without limits or timeouts of its own; ``headers`` go with each request. It keeps no connection: a test
+    that computes for longer than a server keeps one would not see it closed in time.
+    """
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240), headers=headers
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=240),
+        headers=headers,
     ) as session:
         yield session
 
@@ -247,3 +251,16 @@ def descendants() -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
     own = [child.pid for child in psutil.Process().children() if any("multiprocessing" in a for a in child.cmdline())]
     return [child for child in children if child.pid not in own and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def shared_files() -> set[str]:
+    """Files in shared memory."""
+    return set(os.listdir("/dev/shm"))
+
+
+def left_shared(before: Collection[str]) -> set[str]:
+    """Files in shared memory that were not there before, and stay: tests beside this one have some for a moment."""
+    deadline = time.monotonic() + 5
+    while (left := shared_files().difference(before)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left

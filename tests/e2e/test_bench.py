@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.e2e.test_up import read_until, temporary_files
+from tests.e2e.system import descendants
+from tests.e2e.test_up import read_until
 
 
 def bench(model: Path, output: Path) -> "subprocess.Popen[str]":
@@ -32,9 +33,15 @@ def files(output: Path) -> list[str]:
     return sorted(file.name for file in (output / "runs").iterdir())
 
 
-def test_a_worker_dies_then_ctrl_c_then_the_rest(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    model, output = tiny_model("LlamaForCausalLM"), tmp_path / "o"
-    before = temporary_files()
+def test_a_worker_dies_then_ctrl_c_then_the_rest(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, output, temporary = tiny_model("LlamaForCausalLM"), tmp_path / "o", tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+
+    def left() -> list[str]:
+        return [name for folder in (temporary, "/dev/shm") for name in os.listdir(folder) if "twostroke" in name]
 
     process = bench(model, output)
     try:
@@ -63,8 +70,8 @@ def test_a_worker_dies_then_ctrl_c_then_the_rest(tiny_model: Callable[[str], Pat
             assert "Traceback" not in said
         finally:
             process.kill()
-        assert psutil.Process().children(recursive=True) == []
-        assert {name for name in temporary_files() - before if "twostroke" in name} == set()
+        assert descendants() == []
+        assert left() == []
 
     process = bench(model, output)
     said, _ = process.communicate(timeout=120)
@@ -73,4 +80,4 @@ def test_a_worker_dies_then_ctrl_c_then_the_rest(tiny_model: Callable[[str], Pat
     assert "single.pd.40.rate-3.0.json" in files(output)
     assert (output / "runs" / "single.pd.20.rate-3.0.json").read_bytes() == first
     assert (output / "report.html").stat().st_size > 1 << 20
-    assert {name for name in temporary_files() - before if "twostroke" in name} == set(), tempfile.gettempdir()
+    assert left() == []

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.ports import free_ports
-from tests.e2e.system import Process
+from tests.e2e.system import Process, left_shared, shared_files
 from twostroke import cli
 
 TINY = "LlamaForCausalLM"
@@ -43,10 +43,6 @@ def read_until(process: "subprocess.Popen[str]", word: str) -> str:
     raise AssertionError(f"it ended without saying {word!r}:\n{printed}")
 
 
-def temporary_files() -> set[str]:
-    return set(os.listdir(tempfile.gettempdir())) | set(os.listdir("/dev/shm"))
-
-
 @pytest.mark.parametrize(
     ("end", "workers"),
     [(signal.SIGINT, ("prefill-0", "decode-0", "colocated-0")), (signal.SIGKILL, ("colocated-0",))],
@@ -63,7 +59,7 @@ def test_start_ask_stop(
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     model = tiny_model(TINY)
-    before = set(os.listdir("/dev/shm"))
+    before = shared_files()
     (port,) = free_ports(1)
     counts = [arg for worker in workers for arg in (f"--{worker.removesuffix('-0')}", "1")]
     process = twostroke("up", str(model), "--port", str(port), *counts)
@@ -88,7 +84,7 @@ def test_start_ask_stop(
         process.kill()
         process.communicate()
     assert os.listdir(tmp_path / "TMPDIR") == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert left_shared(before) == set()
     left = [file.name for file in (tmp_path / "XDG_RUNTIME_DIR/twostroke").iterdir()]
     assert left == ([] if end is signal.SIGINT else [f"{port}.secret"])
     socket.create_server(("127.0.0.1", port)).close()  # free again

@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
     running = Fleets(tmp_path_factory.mktemp("faults"))
     yield running

@@ -19,6 +19,7 @@ from twostroke.messages import SECRET_HEADER
 PROMPT, TOKENS = 600, 12  # a prompt of ten chunks
 STREAM_PROMPT, STREAM_TOKENS = 100, 150
 _PROMPTS = 4  # different ones
+_COMPLETE = 'twostroke_handovers_total{outcome="complete"}'
 
 
 @dataclass
@@ -167,6 +168,9 @@ async def warm(kind: str, fleet: Fleet, model: Model, session: aiohttp.ClientSes
     for _ in range(4):
         await stage.exactly(stage.probe() if "small" in kind else stage.body())  # so far, an answer takes no time
     fleet.usual = statistics.median(stage.outcome.added)
+    decode = [name for name in fleet.workers if name.startswith("decode")]
+    while not all([await fleet.metric(session, name, _COMPLETE) for name in decode]):  # what it opens, it keeps
+        await stage.exactly(stage.probe())
     await fleet.clean(session)
 
 

@@ -12,7 +12,11 @@ _PENDING = pytest.mark.xfail(reason="the router does not yet check who joins", s
 
 @pytest.mark.parametrize("repeat", range(REPEAT))
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.play.__name__, marks=_PENDING if row.pending else ()) for row in ROWS]
+    "row",
+    [
+        pytest.param(row, id=f"{row.kind}:{row.play.__name__}", marks=_PENDING if row.pending else ())  # by fleet
+        for row in ROWS
+    ],
 )
 async def test_row(fleets: Fleets, row: Row, repeat: int) -> None:
     await row.run(fleets, repeat)

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+from tests.e2e.system import left_shared, shared_files
 from tests.peer_process import content, peer_process
 from twostroke.errors import HandoverFailed, MemoryTooSmall
 from twostroke.kv.memory import Area, PoolMemory, host_id, map_peer, started
@@ -72,7 +73,7 @@ def test_a_peer_cannot_be_written() -> None:
 
 
 def test_the_owner_killed_while_mapped_leaves_the_reader_unharmed_and_nothing_behind() -> None:
-    before, files = mapped(), set(os.listdir("/dev/shm"))
+    before, files = mapped(), shared_files()
     with peer_process(4, 5000) as (process, address):
         slots = map_peer(address)
         process.send_signal(signal.SIGKILL)
@@ -83,7 +84,7 @@ def test_the_owner_killed_while_mapped_leaves_the_reader_unharmed_and_nothing_be
         assert mapped() == before + 1
     del slots
     assert mapped() == before
-    assert set(os.listdir("/dev/shm")) == files
+    assert left_shared(files) == set()
 
 
 @pytest.mark.parametrize("instance", ["another", "pee", "peer2", ""])

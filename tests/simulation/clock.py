@@ -40,6 +40,25 @@ class Stuck(Exception):
     """Virtual time ran out, or nothing will ever happen any more."""
 
 
+class _Handle(asyncio.TimerHandle):
+    """A callback to come, without what asyncio's own do for real loops."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[object, ...], loop: "Loop", context: Context | None
+    ) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._context = copy_context() if context is None else context
+        self._source_traceback = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+
 class Loop(asyncio.BaseEventLoop):
     """Runs callbacks in order of their time. What a stopped node would do waits; a dead one does nothing any more."""
 
@@ -48,32 +67,49 @@ class Loop(asyncio.BaseEventLoop):
         super().__init__()
         self.now = 0.0
         self._limit = limit
+        self._timers: list[tuple[float, int, _Handle]] = []  # a heap; the second number keeps the order of equals
+        self._turn = 0
 
     def time(self) -> float:
         return self.now
 
+    def call_soon(
+        self, callback: Callable[..., object], *args: object, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: object, context: Context | None = None
+    ) -> _Handle:
+        handle = _Handle(callback, args, self, context)
+        self._turn += 1
+        heapq.heappush(self._timers, (when, self._turn, handle))
+        return handle
+
     def _run_once(self) -> None:
-        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
-        while scheduled and scheduled[0]._cancelled:
-            heapq.heappop(scheduled)._scheduled = False
+        ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:
+            heapq.heappop(timers)
         if not ready:
-            if not scheduled:
+            if not timers:
                 raise Stuck("nothing will ever happen any more")
-            self.now = max(self.now, scheduled[0]._when)
+            self.now = max(self.now, timers[0][0])
             if self.now > self._limit:
                 raise Stuck(f"{self._limit:.0f} s have passed")
-        while scheduled and scheduled[0]._when <= self.now:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            ready.append(handle)
+        while timers and timers[0][0] <= self.now:
+            ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
-            node = handle._context.get(HERE)
-            if handle._cancelled or (node is not None and node.dead):
+            if handle._cancelled:
                 continue
-            if node is not None and node.paused:
+            node = handle._context.get(HERE)
+            if node is None:
+                handle._run()
+            elif node.paused and not node.dead:
                 node.parked.append(handle)
-            else:
+            elif not node.dead:
                 handle._run()
 
     def resume(self, node: Node) -> None:
@@ -89,14 +125,13 @@ class Loop(asyncio.BaseEventLoop):
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         self._ready.clear()  # type: ignore[attr-defined]
-        self._scheduled.clear()  # type: ignore[attr-defined]
+        self._timers.clear()
         asyncio._set_running_loop(self)
         try:
             tasks.clear()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of coroutines that never began
-                while gc.collect():  # what is finalized lets go of more
-                    pass
+                gc.collect()  # what is finalized lets go of more, for the next schedule's
         finally:
             asyncio._set_running_loop(None)
         self.close()

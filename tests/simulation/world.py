@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import aiohttp
 import msgspec
+from starlette.routing import compile_path
 
 from tests.simulation.clock import Dice, Loop, Node, Stuck
 from tests.simulation.model import LAYOUT, VOCAB, SimEngine, SimLink, SimModel, address, answer
@@ -45,6 +46,9 @@ class Silent:
     def received(self, _link: str, _blocks: int, _size: int) -> None: ...
     def watch(self, _gauges: object) -> None: ...
     def collect(self, _collector: object) -> None: ...
+
+
+_compiled = cache(compile_path)  # every process has the same pages
 
 
 @cache
@@ -299,6 +303,7 @@ def simulate(seed: int, *, verbose: bool = False) -> Outcome:
         logging.disable(logging.CRITICAL)
     try:
         with ExitStack() as stack:
+            stack.enter_context(patch("starlette.routing.compile_path", _compiled))
             for module in ("worker.worker", "router.router"):
                 stack.enter_context(patch(f"twostroke.{module}.Lifecycle", Silent))
             stack.enter_context(patch.object(time, "monotonic", loop.time))
