@@ -424,7 +424,7 @@ class Assign(Struct, frozen=True, forbid_unknown_fields=True):
     role: Role
 
 
-class TimelineEvent(Struct, frozen=True):
+class TimelineEvent(Struct, frozen=True, gc=False):
     """One lifecycle stamp of a request. ``time`` is unix seconds, comparable on one host."""
 
     event: str

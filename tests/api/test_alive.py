@@ -9,7 +9,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twostroke.api import alive
-from twostroke.api.alive import Alive
+from twostroke.api.alive import Alive, _Joining
 from twostroke.api.http import EVENT_STREAM, reply
 from twostroke.api.serving import bind, serve
 from twostroke.messages import ALIVE_HEADER, JOURNAL_HEADER
@@ -78,3 +78,32 @@ async def test_in_a_stream_with_a_journal(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_no_place_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(streaming(), monkeypatch) as port:
         assert await asked(port, f"{ALIVE_HEADER}: 1") == await asked(port)
+
+
+class Written(asyncio.Transport):
+    """What a transport was told."""
+
+    def __init__(self) -> None:
+        self.said: list[bytes] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.said.append(bytes(data))
+
+    def close(self) -> None:
+        self.said.append(b"closed")
+
+
+async def test_a_head_goes_out_with_what_follows_and_waits_for_nothing() -> None:
+    head, wire = b"HTTP/1.1 200 OK\r\n\r\n", Written()
+    joining = _Joining(wire)
+    for piece in (head, b"a", b"b"):
+        joining.write(piece)
+    assert wire.said == [head + b"a", b"b"]
+    joining.write(head)
+    await asyncio.sleep(0)
+    assert wire.said[2:] == [head]
+    joining.write(b"c")
+    joining.write(head)
+    joining.close()
+    await asyncio.sleep(0)
+    assert wire.said[3:] == [b"c", head, b"closed"]

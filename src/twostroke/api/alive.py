@@ -73,8 +73,45 @@ class _Signs:
         self._again()
 
 
+class _Joining:
+    """A transport that writes the head of a reply together with what follows in the same turn of the loop.
+
+    uvicorn writes them one after the other, and uvloop at once: two system calls, and the reader wakes up twice. Of the
+    router's time for a request that was a seventh.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+        self.get_extra_info = transport.get_extra_info
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            asyncio.get_running_loop().call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, which can also write signs of life."""
+    """uvicorn's HTTP/1.1, which can also write signs of life, and joins writes."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the loop."""
+        super().connection_made(transport)
+        self.transport = _Joining(transport)  # type: ignore[assignment]
 
     def on_message_begin(self) -> None:
         """Called by the parser."""

@@ -1,7 +1,7 @@
 """Raw ASGI: bounded bodies, replies, error objects, and noticing that the client has gone."""
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 
 from msgspec import Struct
 from msgspec.json import encode
@@ -48,9 +48,10 @@ def error_object(error: TwostrokeError) -> bytes:
 def header(scope: Scope, name: str) -> str | None:
     """The first header of this (lower-case) name."""
     wanted = name.encode()
-    values: Iterable[bytes] = (value for key, value in scope["headers"] if key == wanted)
-    first = next(iter(values), None)
-    return None if first is None else first.decode("latin-1")
+    for key, value in scope["headers"]:
+        if key == wanted:
+            return str(value, "latin-1")
+    return None
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -36,11 +36,14 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str:
-        given = (header(scope, SECRET_HEADER) or "").encode("latin-1")
-        insider = bool(self._secret) and hmac.compare_digest(given, self._secret)
-        if insider or not (self._keys or self._secret):
+        if self._insider(scope):
             return (header(scope, TENANT_HEADER) or "")[:_MAX_TENANT]
         return self._check(header(scope, "authorization") or "") if self._keys else ""
+
+    def _insider(self, scope: Scope) -> bool:
+        if not self._secret:
+            return not self._keys
+        return hmac.compare_digest((header(scope, SECRET_HEADER) or "").encode("latin-1"), self._secret)
 
     def _check(self, authorization: str) -> str:
         """All keys are compared, each in constant time."""

@@ -11,8 +11,8 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from secrets import token_hex
 from typing import TypeVar
-from uuid import uuid4
 
 import msgspec
 from msgspec import Struct
@@ -109,7 +109,7 @@ class Boundary:
             return
         given = header(scope, REQUEST_ID_HEADER)
         good = given is not None and _REQUEST_ID.fullmatch(given)
-        http_id = given if given is not None and good else uuid4().hex
+        http_id = given if given is not None and good else token_hex(16)
         scope["app"] = self  # makes Starlette's router raise 404 and 405 instead of answering in plain text
         scope["twostroke.http_id"] = http_id
         named = _NamedSend(send, http_id)
@@ -334,7 +334,7 @@ class _Api:
         """SGLang's deep health check: does a token come out?"""
         card = self._service.card()
         token = min(card.eos_token_ids, default=0)
-        request = Request(f"health-{uuid4().hex}/0/0", [token], Sampling(max_tokens=1, seed=0, temperature=0.0))
+        request = Request(f"health-{token_hex(8)}/0/0", [token], Sampling(max_tokens=1, seed=0, temperature=0.0))
         try:
             async with asyncio.timeout(_PROBE_SECONDS), aclosing(self._service.generate(request, None)) as outputs:
                 async for output in outputs:
