@@ -70,7 +70,6 @@ class Upstream:
 
     def keep(self, base: str, connection: "_Connection") -> None:
         """Its exchange is over."""
-        connection.rest()
         connection.idle_since = time.monotonic()
         idle = self._idle[base]
         idle.append(connection)
@@ -155,7 +154,7 @@ class _Connection(asyncio.Protocol):
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._quiet = 0  # looks in which somebody waited in vain
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle
 
     @property
     def spent(self) -> bool:
@@ -177,7 +176,6 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write(head.encode("latin-1") + b"\r\n\r\n" + body)
         self._quiet = 0
-        self._look_later()
 
     async def begun(self) -> None:
         """Until the reply's head is here."""
@@ -202,13 +200,6 @@ class _Connection(asyncio.Protocol):
         """Also while the server is still answering: it sees us go."""
         self.usable = False
         self._transport.abort()
-        self.rest()
-
-    def rest(self) -> None:
-        """Nobody waits for anything."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def _look_later(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(SILENCE / _LOOKS, self._look)
@@ -241,9 +232,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
+        self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.usable = False
+        self._timer.cancel()
         if not self.over:
             self._error = self._error or ConnectionResetError(
                 "it broke off in the middle of its reply" if self._begun else "it closed the connection"
