@@ -39,6 +39,8 @@ def fed(pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
 
 @given(st.lists(_FRAGMENTS).map(b"".join) | st.binary(max_size=100), st.lists(st.integers(1, 9), min_size=1))
 @example(b"data: [DONE]\n\ndata: 1\n\n", [1])  # something after the last event
+@example(b"data: [DONE]\n\na\nb\n\ndata: [DONE]\n\n", [1])
+@example(b":14 \ndata: [DONE]\n\n:1 \nx", [5])
 def test_frames_are_understood_or_refused_however_they_arrive(text: bytes, sizes: list[int]) -> None:
     found = fed(cut(text, sizes))
     at_once = fed([text] if text else [])

@@ -116,6 +116,7 @@ class Frames:
         self._torn = _Torn()
         self._needed = 0  # bytes, before there is a whole frame
         self._done = False
+        self._over = False  # with an event outside of frames
 
     def feed(self, piece: bytes) -> Part:
         """What is whole now.
@@ -123,6 +124,8 @@ class Frames:
         Raises:
             ConnectionError: this is no such stream.
         """
+        if self._over:
+            raise ConnectionError("its stream goes on after its end")
         self._torn.add(piece)
         if self._torn.size < self._needed:
             return Part(b"", b"")
@@ -143,12 +146,12 @@ class Frames:
             lines += line if len(line) > 1 else b""
             start = end
         torn = buffer[start:]
-        if torn.startswith(b"data: ") and torn.endswith(DONE):
+        self._done = events.endswith(DONE) if events else self._done
+        if not self._done and torn.startswith(b"data: ") and torn.endswith(DONE) and torn.count(DONE) == 1:
             if _UNAVAILABLE in torn:
                 raise ConnectionError("it goes away")
-            events, torn = events + torn, b""
+            events, torn, self._done, self._over = events + torn, b"", True, True
         self._torn.add(torn)
-        self._done = self._done or events.endswith(DONE)
         return Part(events, lines)
 
     def end(self) -> None:
