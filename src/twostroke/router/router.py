@@ -4,7 +4,6 @@ Imports neither torch nor transformers, so that it starts in under a second.
 """
 
 import asyncio
-import gc
 import logging
 import socket
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from twostroke.api.http import KEEP_ALIVE, read_body
 from twostroke.api.keys import Guard
 from twostroke.api.lifecycle import Gauges, Lifecycle
 from twostroke.api.server import Boundary, Health, Timeline
-from twostroke.api.serving import bind, serve
+from twostroke.api.serving import bind, serve, settled
 from twostroke.config import RouterConfig, cluster_secret
 from twostroke.errors import MethodNotAllowed, NotFound, Unavailable, WorkerLost
 from twostroke.messages import SECRET_HEADER, TimelineEvent, encode
@@ -49,7 +48,6 @@ _ASK = aiohttp.ClientTimeout(total=5.0)  # a worker that only has to look someth
 _GLANCE = aiohttp.ClientTimeout(total=1.0)  # a person waits, and the others' answers are good without this one's
 _GENERATE = aiohttp.ClientTimeout(total=30.0)  # /health_generate waits for a token
 _JSON = "application/json"
-_GARBAGE = 20_000  # objects more than there were, at which a garbage collection begins
 
 
 class Router:
@@ -230,8 +228,7 @@ async def _run(config: RouterConfig, sock: socket.socket) -> None:
     ) as session:
         router = Router(config, session, secret=cluster_secret())
         watching = asyncio.create_task(router.watch())
-        gc.freeze()  # what is imported stays: looking through it held all streams up for 12 ms, now and then
-        gc.set_threshold(_GARBAGE)
+        settled()
         try:
             await serve(router.app, sock, shutdown_seconds=SHUTDOWN_SECONDS)
         finally:
