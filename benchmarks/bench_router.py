@@ -51,8 +51,8 @@ class Server(Struct, frozen=True):
 
 
 def streamed(tokens: int, gap: float = 0.0) -> bytes:
-    """The body of a request for a stream."""
-    return b'{%b,"stream":true,"max_tokens":%d,"gap":%g}' % (PROMPT, tokens, gap)
+    """The body of a request for a stream, whose first token comes at once."""
+    return b'{%b,"stream":true,"max_tokens":%d,"gap":%g,"first":0}' % (PROMPT, tokens, gap)
 
 
 async def per_request(session: aiohttp.ClientSession, url: str) -> float:

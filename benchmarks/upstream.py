@@ -33,6 +33,7 @@ class Ask(Struct):
     max_tokens: int = 1
     stream: bool = False
     gap: float | None = None  # None: as the command line says
+    first: float | None = None  # the gap before the first one, if it is another
 
 
 _ask = msgspec.json.Decoder(Ask)
@@ -88,7 +89,7 @@ class Upstream(asyncio.Protocol):
         self._transport.write(_STREAM + (f"{JOURNAL_HEADER}: 1\r\n\r\n".encode() if journaled else b"\r\n"))
         gap = self._gap if ask.gap is None else ask.gap
         for token in range(ask.max_tokens):
-            rest = gap
+            rest = gap if token or ask.first is None else ask.first
             while journaled and rest > ALIVE_SECONDS:
                 await asyncio.sleep(ALIVE_SECONDS)
                 rest -= ALIVE_SECONDS
