@@ -14,6 +14,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.table import Table
 
@@ -79,7 +80,7 @@ def _table(tallies: list[Tally]) -> Table:
 async def _play(fleets: Fleets, tally: Tally, repeat: int) -> None:
     try:
         tally.outcomes.append(await tally.row.run(fleets, repeat))
-    except Exception as error:  # noqa: BLE001 - a broken promise is a result
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - a broken promise is a result
         tally.broken.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
         traceback.print_exc()
 

@@ -147,6 +147,7 @@ class Row:
                 await self.play(stage)
                 fleet.heal()
                 await stage.exactly(stage.probe(), timed=False)
+                await read_once(stage)
                 await fleet.clean(session)
                 return stage.outcome
         except BaseException:
@@ -168,10 +169,17 @@ async def warm(kind: str, fleet: Fleet, model: Model, session: aiohttp.ClientSes
     for _ in range(4):
         await stage.exactly(stage.probe() if "small" in kind else stage.body())  # so far, an answer takes no time
     fleet.usual = statistics.median(stage.outcome.added)
-    decode = [name for name in fleet.workers if name.startswith("decode")]
-    while not all([await fleet.metric(session, name, _COMPLETE) for name in decode]):  # what it opens, it keeps
-        await stage.exactly(stage.probe())
+    await read_once(stage)
     await fleet.clean(session)
+
+
+async def read_once(stage: Stage) -> None:
+    """Until every decode worker, also one that was started in another's place, has read blocks: what it opens for that,
+    it keeps.
+    """
+    decode = [name for name in stage.fleet.workers if name.startswith("decode")]
+    while not all([await stage.fleet.metric(stage.session, name, _COMPLETE) for name in decode]):
+        await stage.exactly(stage.probe(), timed=False)
 
 
 ROWS: list[Row] = []
