@@ -1,7 +1,5 @@
 """A tier's threads."""
 
-import threading
-
 import pytest
 
 from twostroke.store.threads import Threads
@@ -23,14 +21,12 @@ async def test_runs_cover_every_number_once_and_keep_their_order() -> None:
 
 
 async def test_a_run_that_fails_ends_the_others_that_have_not_begun() -> None:
-    threads, begun, go = Threads(1, "test"), [], threading.Event()
+    threads, begun = Threads(1, "test"), []
 
     def work(run: range) -> list[int]:
         begun.append(run)
-        go.wait()
         raise OSError("broken")
 
-    go.set()
     with pytest.raises(OSError, match="broken"):
         await threads.runs(work, 100, 5)
     assert begun == [range(5)]

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-LEAST = 256  # bytes; blocks are a multiple of a stripe, too
-STRIPE = 64  # bytes
+_STRIPE = 64  # bytes
 _AT_ONCE = 8  # kibibytes that a program sums up
 _UNROLLED = 16  # kibibytes whose parts are under way from memory at once
 
@@ -28,11 +27,8 @@ _SECRET = np.frombuffer(  # XXH3's own
 _PRIME_1, _PRIME_2 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
 _START = [0xC2B2AE3D, _PRIME_1, _PRIME_2, 0x165667B19E3779F9]
 _START += [0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, 0x9E3779B1]
-_LAST, _LOW, _HIGH = (
-    121,
-    11,
-    117,
-)  # where in the secret the keys of the last stripe and of both halves of the end are
+_LAST = 121  # where in the secret the keys of the last stripe begin
+_LOW, _HIGH = 11, 117  # and those of both halves of the result
 _MIX = np.uint64(0x165667919E3779F9)
 _MASK, _HALF = 0xFFFFFFFF, np.uint64(32)
 Words = npt.NDArray[np.uint64]
@@ -97,14 +93,14 @@ def start(slots: torch.Tensor, index: torch.Tensor, keys: torch.Tensor, out: tor
     """Sum up blocks, on torch's current stream.
 
     Args:
-        slots: ``uint8 [num_slots, block_bytes]``, dense; ``LEAST`` bytes or more, a multiple of ``STRIPE``.
+        slots: ``uint8 [num_slots, block_bytes]``, dense; 256 bytes or more, a multiple of 64.
         index: ``int64 [count]``: which.
         keys: see ``keys``.
         out: ``int64 [count or more, 8]``, for ``finish``.
     """
     size = slots.shape[1]
     full = (size - 1) // 1024
-    rest = (size - 1 - 1024 * full) // STRIPE
+    rest = (size - 1 - 1024 * full) // _STRIPE
     words, count = slots.view(torch.int64), len(index)
     parts = torch.empty(count, full, 8, dtype=torch.int64, device=slots.device)
     if full:
