@@ -41,7 +41,8 @@ SHAPE = "Qwen2.5-7B"
 TOKEN = 57_344  # bytes of KV
 BLOCK = 16 * TOKEN
 BLOCKS = 2048  # moved in a repeat
-CALL = 512  # blocks of one call, which takes about 10 ms
+CALL = 256  # blocks of one call, which takes about 5 ms
+AT_ONCE = 2  # calls each way at any time, as from several requests
 LENGTHS = {8192: 8.5, 32768: 34.0}  # tokens of a prompt, and ms of its copy at 55 GB/s
 DEVICE = torch.device("cuda", 0)
 
@@ -58,11 +59,15 @@ class Slots:
 
     async def move(self, call: Callable[..., object], keys: list[bytes]) -> None:
         """``put`` or ``get`` of a tier for all of them."""
-        for first in range(0, len(keys), CALL):
-            end = SlotsEnd(self.order[first : first + CALL], self._access)
-            moved = await call(keys[first : first + CALL], end)  # type: ignore[misc]
-            assert moved == len(keys[first : first + CALL])
-            end.close()
+
+        async def some(start: int) -> None:
+            for first in range(start, len(keys), AT_ONCE * CALL):
+                end = SlotsEnd(self.order[first : first + CALL], self._access)
+                moved = await call(keys[first : first + CALL], end)  # type: ignore[misc]
+                assert moved == len(keys[first : first + CALL])
+                end.close()
+
+        await asyncio.gather(*(some(nth * CALL) for nth in range(AT_ONCE)))
 
 
 def link(repeats: int) -> dict[str, list[float]]:
@@ -167,27 +172,28 @@ async def ttft_rows(repeats: int, limit: dict[str, list[float]]) -> list[Row]:
 def decode_rows(repeats: int) -> list[Row]:
     """With and without traffic, in turn."""
     engines = Engines(SHAPE, 0.8, 8192)
-    slots = [Slots(CALL, seed) for seed in range(2)]
-    tier = HostTier(BLOCK, 4 * CALL * BLOCK, at_once=GPU_AT_ONCE, register=lambda memory: register(memory, 0))
+    slots = [Slots(AT_ONCE * CALL, seed) for seed in range(2)]
     moved = 0
 
     async def traffic(tier: Tier, over: asyncio.Event) -> None:
         nonlocal moved
-        there = [key("there", index) for index in range(CALL)]
+        there = [key("there", index) for index in range(AT_ONCE * CALL)]
         await slots[0].move(tier.put, there)
         turn = 0
         while not over.is_set():
             turn += 1
-            new = [key(turn, index) for index in range(CALL)]
+            new = [key(turn, index) for index in range(AT_ONCE * CALL)]
+            await tier.contains(there)  # as before any load; or they would be evicted
             await asyncio.gather(slots[0].move(tier.get, there), slots[1].move(tier.put, new))
-            moved += 2 * CALL * BLOCK
+            moved += 2 * AT_ONCE * CALL * BLOCK
 
     class Busy:
         """An engine that runs beside the traffic."""
 
         def run(self, work: Callable[..., object]) -> object:
             async def both(engine: object) -> object:
-                over = asyncio.Event()
+                over, capacity = asyncio.Event(), 4 * AT_ONCE * CALL * BLOCK
+                tier = HostTier(BLOCK, capacity, at_once=GPU_AT_ONCE, register=lambda memory: register(memory, 0))
                 await tier.open()
                 task = asyncio.create_task(traffic(tier, over))
                 try:
@@ -195,6 +201,7 @@ def decode_rows(repeats: int) -> list[Row]:
                 finally:
                     over.set()
                     await task
+                    await tier.close()
 
             return engines.run(both)  # type: ignore[arg-type]
 

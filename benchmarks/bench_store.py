@@ -196,8 +196,7 @@ def hit_rate(policy: Policy, capacity: int) -> float:
         hits += found.index(False) if False in found else len(found)
         asked += len(keys)
         for one in reversed([one for one, here in zip(keys, found, strict=True) if not here]):
-            if shelf.take(one) is not None:
-                shelf.publish(one)
+            shelf.publish([*shelf.take([one])])
     return hits / asked
 
 

@@ -159,7 +159,7 @@ async def test_a_running_service(
         assert await tier.get(MANY, Taken()) == 4
         assert "8 blocks are good, 0 damaged" in await kv(0, "verify", where)
         assert isinstance(shop._tiers[0], HostTier)
-        shop._tiers[0].arena.space(shop._tiers[0]._shelf.slots()[MANY[2]])[5] ^= 1
+        shop._tiers[0].arena.slots[shop._tiers[0]._shelf.slots()[MANY[2]], 5] ^= 1
         assert "7 blocks are good, 1 damaged" in await kv(1, "verify", where)
         assert "removed 0" in await kv(0, "gc", where)
         assert f"{tmp_path / 'kv'}" in await kv(1, "clear", str(tmp_path / "kv")), "it is the service's own"

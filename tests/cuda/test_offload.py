@@ -4,6 +4,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,7 +71,7 @@ async def test_a_stored_block_has_the_digest_of_what_the_pool_had(
 
 async def test_a_flipped_bit_in_host_memory_is_found(pool: "CudaPool", access: Access, tier: HostTier) -> None:
     await tier.put(MANY, SlotsEnd(ORDER, access))
-    tier.arena.space(tier._shelf.slots()[MANY[150]])[BYTES // 2] ^= 4
+    tier.arena.slots[tier._shelf.slots()[MANY[150]], BYTES // 2] ^= 4
     assert await tier.get(MANY, SlotsEnd(ORDER, access)) == 150
     assert tier.usage().damaged == 1
     assert not (await tier.contains(MANY))[150]
@@ -103,16 +104,21 @@ async def test_one_block_at_a_time(pool: "CudaPool", access: Access) -> None:
 def test_digests_are_those_of_the_library(size: int) -> None:
     slots = torch.randint(0, 256, (5, size), dtype=torch.uint8, device=GPU)
     torch.cuda.synchronize()
-    host = [bytearray(size) for _ in range(3)]
-    digests = staging(slots)().read([3, 0, 4], [memoryview(one) for one in host])
-    assert [bytes(one) for one in host] == [slots[slot].cpu().numpy().tobytes() for slot in (3, 0, 4)]
-    assert digests == [seal(memoryview(one)).digest for one in host]
+    host = np.empty((4, size), np.uint8)
+    digests = staging(slots)().read([3, 0, 4], host, [2, 1, 3])
+    assert np.array_equal(host[[2, 1, 3]], slots[[3, 0, 4]].cpu().numpy())
+    assert digests == [seal(host[place].data).digest for place in (2, 1, 3)]
+
+
+def test_blocks_that_are_no_whole_stripes_are_refused() -> None:
+    with pytest.raises(ValueError, match="no multiple of 64"):
+        staging(torch.zeros(2, 328, dtype=torch.uint8, device=GPU))().read([0], np.empty((1, 328), np.uint8), [0])
 
 
 async def test_a_closed_tier_leaves_no_memory_registered() -> None:
     tier = HostTier(BYTES, SLOTS * BYTES, register=partial(register, device=0))
     await tier.open()
-    address = torch.from_numpy(tier.arena._memory.slots).data_ptr()  # type: ignore[union-attr]
+    address = tier.arena.slots.ctypes.data
     assert runtime.cudaHostGetFlags(address)[0] == 0
     await tier.close()
     assert runtime.cudaHostGetFlags(address)[0] != 0

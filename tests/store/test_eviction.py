@@ -18,7 +18,7 @@ def nobody(_: bytes) -> bool:
 def test_lru_evicts_what_was_not_asked_for_for_longest() -> None:
     lru = Lru()
     for one in keys(1, 2, 3):
-        lru.add(one)
+        lru.add([one])
     lru.touch(keys(1))
     assert [lru.evict(nobody) for _ in range(4)] == [key(2), key(3), key(1), None]
 
@@ -27,7 +27,7 @@ def test_lru_evicts_what_was_not_asked_for_for_longest() -> None:
 def test_what_is_spared_stays(name: EvictionPolicy) -> None:
     policy = POLICIES[name]()
     for one in keys(1, 2, 3):
-        policy.add(one)
+        policy.add([one])
     assert policy.evict(lambda one: one != key(2)) == key(2)
     assert policy.evict(lambda _: True) is None
     policy.remove(key(1))
@@ -49,7 +49,7 @@ def hit_rate(policy: Policy, trace: list[int], capacity: int) -> float:
             assert victim is not None
             here.remove(victim)
         here.add(one)
-        policy.add(one)
+        policy.add([one])
     return hits / len(trace)
 
 
@@ -58,12 +58,12 @@ def test_lru_keeps_a_long_prompt_whole(length: int) -> None:
     """Though others were there before, and used more often."""
     policy, capacity = Lru(), 100
     for number in range(capacity):
-        policy.add(key(number))
+        policy.add([key(number)])
     policy.touch([key(number) for number in range(capacity)])
     prompt = [key(1000 + number) for number in range(length)]
     for one in prompt:
         assert policy.evict(lambda _: False) not in prompt
-        policy.add(one)
+        policy.add([one])
 
 
 def test_s3_fifo_survives_scans_that_lru_does_not() -> None:
@@ -83,7 +83,7 @@ def test_a_policy_knows_exactly_what_is_there(name: EvictionPolicy, steps: list[
         one = key(number)
         match step:
             case "a" if one not in here:
-                policy.add(one)
+                policy.add([one])
                 here.add(one)
             case "t" if one in here:
                 policy.touch([one])

@@ -210,4 +210,4 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, "mooncake.store", raising=False)
     layout = Layout(2, 2, 16, 16, "float32", "weights")
     with pytest.raises(StartupError, match=r"pip install 'twostroke\[mooncake\]'"):
-        _make_tier(Config("127.0.0.1", 50051), layout, torch.device("cpu"), WorkerConfig(), "")
+        _make_tier(Config("127.0.0.1", 50051), layout, torch.device("cpu"), WorkerConfig(), "", pytest.fail)

@@ -154,7 +154,7 @@ async def test_a_flipped_bit_in_the_services_memory(monkeypatch: pytest.MonkeyPa
         (shop,) = [task.result() for task in server._shops.values()]
         first = shop._tiers[0]
         assert isinstance(first, HostTier)
-        first.arena.space(first._shelf._slot[MANY[5]])[7] ^= 1
+        first.arena.slots[first._shelf._slot[MANY[5]], 7] ^= 1
         target = Taken()
         assert await tier.get(MANY, target) == 5
         assert target.right(MANY)

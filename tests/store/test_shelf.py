@@ -8,37 +8,42 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.store.blocks import key, keys
-from twostroke.kv.keys import NOBODY, TENANT_BYTES, tenant_of
+from twostroke.kv.keys import NOBODY, TENANT_BYTES, BlockKey, tenant_of
 from twostroke.store.eviction import POLICIES, Lru, Quotas, S3Fifo
 from twostroke.store.shelf import Shelf
+
+
+def take(shelf: Shelf, key: BlockKey) -> int | None:
+    """A slot for one block."""
+    return shelf.take([key]).get(key)
 
 
 def full(*numbers: int) -> Shelf:
     """A shelf that holds exactly these."""
     shelf = Shelf(len(numbers), Lru())
     for one in keys(*numbers):
-        assert shelf.take(one) is not None
-        shelf.publish(one)
+        assert take(shelf, one) is not None
+        shelf.publish([one])
     return shelf
 
 
 def test_a_block_is_found_once_it_is_published() -> None:
     shelf = Shelf(2, Lru())
-    assert shelf.take(key(1)) == 0
+    assert take(shelf, key(1)) == 0
     assert shelf.contains(keys(1)) == [False]
-    assert shelf.take(key(1)) is None
-    shelf.publish(key(1))
+    assert take(shelf, key(1)) is None
+    shelf.publish([key(1)])
     assert shelf.contains(keys(1, 2)) == [True, False]
-    assert shelf.take(key(1)) is None
+    assert take(shelf, key(1)) is None
 
 
 def test_what_is_read_is_not_evicted() -> None:
     shelf = full(1, 2)
     assert shelf.pin(keys(1, 3)) == [0]
-    assert shelf.take(key(4)) == 1
-    assert shelf.take(key(5)) is None
-    shelf.unpin(key(1), 0)
-    assert shelf.take(key(5)) == 0
+    assert take(shelf, key(4)) == 1
+    assert take(shelf, key(5)) is None
+    shelf.unpin(keys(1), [0])
+    assert take(shelf, key(5)) == 0
     assert shelf.evictions == 2
 
 
@@ -46,7 +51,7 @@ def test_asking_for_a_prefix_keeps_its_beginning_longest() -> None:
     shelf = full(1, 2, 3)
     shelf.contains(keys(1, 2, 3))
     for number in (4, 5, 6):
-        assert shelf.take(key(number)) is not None
+        assert take(shelf, key(number)) is not None
         assert shelf.contains(keys(1, 2, 3)).count(True) == 6 - number
     assert shelf.contains(keys(1)) == [False]
 
@@ -59,7 +64,7 @@ def test_a_damaged_blocks_slot_is_set_aside_but_not_too_many() -> None:
     shelf.discard(key(4))
     shelf.discard(key(5))
     assert (shelf.bad, shelf.free) == (2, 1)
-    assert shelf.take(key(20)) == 3
+    assert take(shelf, key(20)) == 3
 
 
 def test_a_damaged_block_that_others_read_is_given_up_when_they_are_done() -> None:
@@ -67,29 +72,29 @@ def test_a_damaged_block_that_others_read_is_given_up_when_they_are_done() -> No
     (slot,) = shelf.pin(keys(1))
     shelf.discard(key(1))
     assert shelf.contains(keys(1)) == [False]
-    assert shelf.take(key(1)) is None
-    shelf.unpin(key(1), slot)
+    assert take(shelf, key(1)) is None
+    shelf.unpin(keys(1), [slot])
     assert shelf.bad == 1
 
 
 def test_a_medium_that_grows() -> None:
     shelf = Shelf(0, Lru())
-    assert shelf.take(key(1)) is None
+    assert take(shelf, key(1)) is None
     shelf.extend(3)
-    assert [shelf.take(one) for one in keys(1, 2, 3, 4)] == [0, 1, 2, None]
+    assert shelf.take(keys(1, 2, 2, 3, 4)) == dict(zip(keys(1, 2, 3), range(3), strict=True))
 
 
 def test_what_is_protected_is_never_evicted() -> None:
     shelf = full(1, 2, 3)
     assert shelf.protect(keys(2, 9)) == {key(2): 1}
     for number in range(10, 20):
-        assert shelf.take(key(number)) is not None
-        shelf.publish(key(number))
+        assert take(shelf, key(number)) is not None
+        shelf.publish([key(number)])
         assert shelf.contains(keys(2)) == [True]
     shelf.protect(keys(18, 19))
-    assert shelf.take(key(20)) is None, "all of it is protected"
+    assert take(shelf, key(20)) is None, "all of it is protected"
     assert shelf.expose(keys(2)) == {key(2): 1}
-    assert shelf.take(key(20)) == 1
+    assert take(shelf, key(20)) == 1
 
 
 def of(tenant: int, number: int) -> bytes:
@@ -102,18 +107,18 @@ def test_a_tenant_gives_up_its_own_blocks_first() -> None:
     shelf = Shelf(8, Lru(), Quotas(3, Lru))
     for number in range(3):
         for tenant in (0, 1):
-            shelf.take(of(tenant, number))
-            shelf.publish(of(tenant, number))
+            take(shelf, of(tenant, number))
+            shelf.publish([of(tenant, number)])
     shelf.contains([of(1, 0)])
-    assert shelf.take(of(1, 3)) is not None
+    assert take(shelf, of(1, 3)) is not None
     assert shelf.contains([of(1, 0), of(1, 1), of(1, 2)]) == [True, False, True]
     assert (shelf.free, shelf.evictions) == (2, 1)
     for number in (3, 4):
-        assert shelf.take(of(0, number)) is not None, "who has no salt has no quota"
-    shelf.publish(of(1, 3))
+        assert take(shelf, of(0, number)) is not None, "who has no salt has no quota"
+    shelf.publish([of(1, 3)])
     shelf.protect([of(1, 0), of(1, 2), of(1, 3)])
-    assert shelf.take(of(1, 4)) is None, "it has pinned as much as it may have"
-    assert shelf.take(of(2, 4)) is not None
+    assert take(shelf, of(1, 4)) is None, "it has pinned as much as it may have"
+    assert take(shelf, of(2, 4)) is not None
 
 
 def one(number: int) -> bytes:
@@ -133,7 +138,7 @@ class Account(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 9))
     def take(self, number: int) -> None:
-        slot = self.shelf.take(one(number))
+        slot = take(self.shelf, one(number))
         if slot is not None:
             assert slot not in [pinned for _, pinned in self.pins]
             self.filling.append(one(number))
@@ -141,7 +146,7 @@ class Account(RuleBasedStateMachine):
     @precondition(lambda self: self.filling)
     @rule(fine=st.booleans())
     def finish(self, fine: bool) -> None:
-        (self.shelf.publish if fine else self.shelf.cancel)(self.filling.pop())
+        (self.shelf.publish if fine else self.shelf.cancel)([self.filling.pop()])
 
     @rule(number=st.integers(0, 9))
     def pin(self, number: int) -> None:
@@ -150,7 +155,8 @@ class Account(RuleBasedStateMachine):
     @precondition(lambda self: self.pins)
     @rule()
     def unpin(self) -> None:
-        self.shelf.unpin(*self.pins.pop(0))
+        key, slot = self.pins.pop(0)
+        self.shelf.unpin([key], [slot])
 
     @rule(number=st.integers(0, 9))
     def discard(self, number: int) -> None:
@@ -188,5 +194,5 @@ def test_what_was_there_before_a_restart(policy: type[Lru], found: list[int]) ->
     shelf.restore((key(number), number) for number in found)
     assert all(shelf.contains([key(number) for number in found]))
     assert (shelf.stored, shelf.free) == (len(found), 8 - len(found))
-    taken = {shelf.take(key(100 + i)) for i in range(shelf.free)}
+    taken = {take(shelf, key(100 + i)) for i in range(shelf.free)}
     assert taken == set(range(8)) - set(found)

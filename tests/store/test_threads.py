@@ -1,5 +1,7 @@
 """A tier's threads."""
 
+import threading
+
 import pytest
 
 from twostroke.store.threads import Threads
@@ -30,4 +32,12 @@ async def test_a_run_that_fails_ends_the_others_that_have_not_begun() -> None:
     with pytest.raises(OSError, match="broken"):
         await threads.runs(work, 100, 5)
     assert begun == [range(5)]
+    threads.close()
+
+
+async def test_all_threads_are_asked_once_each() -> None:
+    threads, asked = Threads(3, "test"), []
+    for turn in range(1, 4):
+        await threads.all(lambda: asked.append(threading.current_thread().name))
+        assert sorted(asked) == sorted([f"test-{nth}" for nth in (1, 2, 3)] * turn)
     threads.close()

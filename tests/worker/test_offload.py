@@ -16,7 +16,7 @@ from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import HandoverFailed
-from twostroke.links.staging import staging
+from twostroke.links.staging import of_thread, staging
 from twostroke.messages import Output, Request
 from twostroke.store import choice
 from twostroke.store.directory import DirectoryTier
@@ -72,7 +72,7 @@ async def bench(
         # Nobody knows how fast prefill is unless a test says so; or this model would be computed, not loaded, at times.
         rig.engine._measure = lambda step: None  # type: ignore[method-assign]
         store = Store(tiers(layout.block_bytes, layout.fingerprint), layout.block_bytes, most=4)
-        offload = Offload(rig.engine, store, staging(torch.from_numpy(rig.memory.slots)), lifecycle)
+        offload = Offload(rig.engine, store, of_thread(staging(torch.from_numpy(rig.memory.slots))), lifecycle)
         await offload.open()
         try:
             yield Bench(rig, offload, lifecycle)

@@ -5,14 +5,15 @@ each kibibyte. Only that has to happen in order, so one kernel computes what eac
 together, a program for each block. The end, a few multiplications, is NumPy's.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 _STRIPE = 64  # bytes
-_AT_ONCE = 8  # kibibytes that a program sums up
+_AT_ONCE = 8  # kibibytes that a program sums up: it is soon done, since a decode step's have to wait for it
 _UNROLLED = 16  # kibibytes whose parts are under way from memory at once
 
 _SECRET = np.frombuffer(  # XXH3's own
@@ -29,15 +30,14 @@ _START = [0xC2B2AE3D, _PRIME_1, _PRIME_2, 0x165667B19E3779F9]
 _START += [0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, 0x9E3779B1]
 _LAST = 121  # where in the secret the keys of the last stripe begin
 _LOW, _HIGH = 11, 117  # and those of both halves of the result
-_MIX = np.uint64(0x165667919E3779F9)
-_MASK, _HALF = 0xFFFFFFFF, np.uint64(32)
-Words = npt.NDArray[np.uint64]
 
 
-def _secret(start: int, count: int) -> Words:
-    """So many 64-bit numbers of the secret from this byte on."""
-    words: Words = np.frombuffer(_SECRET[start : start + 8 * count].tobytes(), np.uint64)
-    return words
+def _keys(size: int) -> torch.Tensor:
+    """The numbers that blocks of ``size`` bytes are combined with, ``int64 [58]``."""
+    secret = [_SECRET[start : start + 8 * count] for start, count in ((0, 24), (_LAST, 8), (_LOW, 8), (_HIGH, 8))]
+    begin = [size * _PRIME_1 % 2**64, ~(size * _PRIME_2) % 2**64]
+    numbers = np.concatenate([np.concatenate(secret).view(np.uint64), np.array([*_START, *begin], np.uint64)])
+    return torch.from_numpy(numbers.view(np.int64))
 
 
 @triton.jit
@@ -57,15 +57,25 @@ def _parts(slots, index, keys, parts, WORDS, FULL, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def _sums(slots, index, keys, parts, out, WORDS, FULL, REST, AT_ONCE: tl.constexpr):
-    """The sums of one block of ``WORDS`` 64-bit words: ``FULL`` kibibytes, whose parts are there, ``REST`` stripes, and
-    the last one.
+def _merged(sums, secret, begin):
+    """Half of a digest."""
+    a, b = tl.split(tl.reshape((sums ^ secret).to(tl.uint64, bitcast=True), (4, 2)))
+    folded = (a * b) ^ tl.umulhi(a, b)
+    total = begin + tl.sum(folded.to(tl.int64, bitcast=True), 0)
+    total = (total ^ ((total >> 37) & 0x7FFFFFF)) * 0x165667919E3779F9
+    return total ^ ((total >> 32) & 0xFFFFFFFF)
+
+
+@triton.jit
+def _whole(slots, index, keys, parts, out, WORDS, FULL, REST, AT_ONCE: tl.constexpr):
+    """The digest of one block of ``WORDS`` 64-bit words: ``FULL`` kibibytes, whose parts are there, ``REST`` stripes,
+    and the last one.
     """
     block = slots + tl.load(index + tl.program_id(0)) * WORDS
     lanes, stripes = tl.arange(0, 8), tl.arange(0, 16)
     key = tl.load(keys + stripes[:, None] + lanes[None, :])
     scramble = tl.load(keys + 16 + lanes)
-    sums = tl.load(keys + 32 + lanes)
+    sums = tl.load(keys + 48 + lanes)
     mine = parts + tl.program_id(0).to(tl.int64) * FULL * 8 + lanes
     for first in range(0, FULL, AT_ONCE):
         for one in tl.static_range(AT_ONCE):
@@ -80,54 +90,43 @@ def _sums(slots, index, keys, parts, out, WORDS, FULL, REST, AT_ONCE: tl.constex
     at = WORDS - 8 + lanes
     mixed = tl.load(block + at) ^ tl.load(keys + 24 + lanes)
     sums += tl.load(block + (at ^ 1)) + (mixed & 0xFFFFFFFF) * ((mixed >> 32) & 0xFFFFFFFF)
-    tl.store(out + tl.program_id(0) * 8 + lanes, sums)
+    digest = out + tl.program_id(0) * 2
+    tl.store(digest, _merged(sums, tl.load(keys + 40 + lanes), tl.load(keys + 57)))
+    tl.store(digest + 1, _merged(sums, tl.load(keys + 32 + lanes), tl.load(keys + 56)))
 
 
-def keys(device: torch.device) -> torch.Tensor:
-    """What ``start`` needs on the device: ``int64 [40]``."""
-    words = np.concatenate([_secret(0, 24), _secret(_LAST, 8), np.array(_START, np.uint64)])
-    return torch.from_numpy(words.view(np.int64).copy()).to(device)
-
-
-def start(slots: torch.Tensor, index: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum up blocks, on torch's current stream.
-
-    Args:
-        slots: ``uint8 [num_slots, block_bytes]``, dense; 256 bytes or more, a multiple of 64.
-        index: ``int64 [count]``: which.
-        keys: see ``keys``.
-        out: ``int64 [count or more, 8]``, for ``finish``.
+class Digests:
+    """Computes digests on torch's current stream. What the host gives and gets lies in its own memory: a copy would
+    queue behind those of blocks.
     """
-    size = slots.shape[1]
-    full = (size - 1) // 1024
-    rest = (size - 1 - 1024 * full) // _STRIPE
-    words, count = slots.view(torch.int64), len(index)
-    parts = torch.empty(count, full, 8, dtype=torch.int64, device=slots.device)
-    if full:
-        _parts[(count, triton.cdiv(full, _AT_ONCE))](words, index, keys, parts, size // 8, full, _AT_ONCE, num_warps=4)
-    _sums[(count,)](words, index, keys, parts, out, size // 8, full, rest, _UNROLLED, num_warps=1)
 
+    MOST = 64  # blocks at once
 
-def finish(sums: Words, size: int) -> list[bytes]:
-    """The digests of blocks of ``size`` bytes with these sums, ``[count, 8]``."""
-    low = _merged(sums, _secret(_LOW, 8), np.uint64(size * _PRIME_1 & 2**64 - 1))
-    high = _merged(sums, _secret(_HIGH, 8), np.uint64(~(size * _PRIME_2) & 2**64 - 1))
-    digests = np.stack([high, low], 1).astype(">u8").tobytes()
-    return [digests[at : at + 16] for at in range(0, len(digests), 16)]
+    def __init__(self, slots: torch.Tensor) -> None:
+        """``slots``: ``uint8 [num_slots, block_bytes]``, dense; 256 bytes or more.
 
+        Raises:
+            ValueError: ``block_bytes`` is not a multiple of 64.
+        """
+        self._size = slots.shape[1]
+        if self._size % _STRIPE:
+            raise ValueError(f"blocks of {self._size} bytes: no multiple of {_STRIPE}")
+        self._full = (self._size - 1) // 1024
+        self._words = slots.view(torch.int64)
+        self._index = torch.empty(self.MOST, dtype=torch.int64, pin_memory=slots.is_cuda)
+        self._digests = torch.empty(self.MOST, 2, dtype=torch.int64, pin_memory=slots.is_cuda)
+        self._parts = torch.empty(self.MOST, self._full, 8, dtype=torch.int64, device=slots.device)
+        self._keys = _keys(self._size).to(slots.device)
 
-def _merged(sums: Words, secret: Words, begin: np.uint64) -> Words:
-    mixed = sums ^ secret
-    total: Words = begin + _folded(mixed[:, 0::2], mixed[:, 1::2]).sum(1, dtype=np.uint64)
-    total ^= total >> np.uint64(37)
-    total *= _MIX
-    return total ^ (total >> _HALF)
+    def start(self, slots: Sequence[int]) -> None:
+        """Begin with the blocks in these slots, at most ``MOST``."""
+        count, rest = len(slots), (self._size - 1 - 1024 * self._full) // _STRIPE
+        self._index.numpy()[:count] = slots
+        arrays, sizes = (self._words, self._index, self._keys, self._parts), (self._size // 8, self._full)
+        _parts[(count, triton.cdiv(self._full, _AT_ONCE) or 1)](*arrays, *sizes, _AT_ONCE, num_warps=4)
+        _whole[(count,)](*arrays, self._digests, *sizes, rest, _UNROLLED, num_warps=1)
 
-
-def _folded(a: Words, b: Words) -> Words:
-    """Both halves of the 128-bit products, combined by exclusive or."""
-    a_low, a_high, b_low, b_high = a & _MASK, a >> _HALF, b & _MASK, b >> _HALF
-    low, high, one = a_low * b_low, a_high * b_high, a_high * b_low
-    two = a_low * b_high + (low >> _HALF) + (one & _MASK)
-    folded: Words = (a * b) ^ (high + (one >> _HALF) + (two >> _HALF))
-    return folded
+    def finish(self, count: int) -> list[bytes]:
+        """Their digests, once the stream has come that far."""
+        digests = self._digests[:count].numpy().byteswap().tobytes()
+        return [digests[at : at + 16] for at in range(0, len(digests), 16)]

@@ -1,16 +1,14 @@
 """Slots in a GPU's memory, for transfers that know host memory only."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from cuda.bindings import runtime
 
-from twostroke.kv import cuda_digest
+from twostroke.kv.cuda_digest import Digests
 from twostroke.kv.cuda_memory import call
+from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
-
-_MOST = 256  # blocks of one digest
 
 
 class CudaStaging:
@@ -26,15 +24,14 @@ class CudaStaging:
         call(runtime.cudaSetDevice(slots.device.index))
         self._stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
         self._own = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
-        self._index = torch.empty(_MOST, dtype=torch.int64, pin_memory=True)
-        self._sums = torch.empty(_MOST, 8, dtype=torch.int64, pin_memory=True)
-        self._keys = cuda_digest.keys(slots.device)
-        torch.cuda.synchronize(slots.device)
-        self._digests([0])  # so that nobody waits for the kernel to be compiled
+        self._digests: Digests | None = None  # links do without
+        self._attributes = runtime.cudaMemcpyAttributes()
+        self._attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
+        self._attributes.flags = int(runtime.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
 
     def load(self, slot: Slot) -> memoryview:
         """See ``Staging.load``."""
-        self._copy([(self._own.data_ptr(), self._at(slot))], runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        self._copy([self._own.data_ptr()], [self._at(slot)])
         self._stream.synchronize()
         return self.space(slot)
 
@@ -45,57 +42,47 @@ class CudaStaging:
 
     def store(self, slot: Slot) -> None:
         """See ``Staging.store``."""
-        self._copy([(self._at(slot), self._own.data_ptr())], runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        self._copy([self._at(slot)], [self._own.data_ptr()])
         self._stream.synchronize()
 
-    def read(self, slots: Sequence[Slot], targets: Sequence[memoryview]) -> list[bytes]:
+    def read(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.read``."""
-        pairs = zip(map(_address, targets), map(self._at, slots), strict=True)
-        self._copy(pairs, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
-        return self._digests(slots)
+        return self._move(slots, self._addresses(memory, places), inwards=False)
 
-    def write(self, slots: Sequence[Slot], sources: Sequence[memoryview]) -> list[bytes]:
+    def write(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.write``."""
-        pairs = zip(map(self._at, slots), map(_address, sources), strict=True)
-        self._copy(pairs, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
-        return self._digests(slots)
+        return self._move(slots, self._addresses(memory, places), inwards=True)
 
     def _at(self, slot: Slot) -> int:
         return self._slots.data_ptr() + slot * self._size
 
-    def _copy(self, pairs: Iterable[tuple[int, int]], kind: runtime.cudaMemcpyKind) -> None:
-        """Start copying, from the second address of each pair to the first; neighbours in both memories together.
-        ``RuntimeError`` if the GPU fails; nothing is under way then.
+    def _addresses(self, memory: Bytes, places: Sequence[int]) -> list[int]:
+        assert memory.shape[1] == self._size, "a place is as large as a slot"
+        assert memory.flags.c_contiguous, "places lie one behind the other"
+        base = memory.ctypes.data
+        return [base + place * self._size for place in places]
+
+    def _copy(self, targets: list[int], sources: list[int]) -> None:
+        """Start copying whole blocks. ``RuntimeError`` if the GPU fails."""
+        count, stream = len(targets), self._stream.cuda_stream
+        sizes = [self._size] * count
+        call(runtime.cudaMemcpyBatchAsync(targets, sources, sizes, count, [self._attributes], [0], 1, stream))
+
+    def _move(self, slots: Sequence[Slot], hosts: list[int], *, inwards: bool) -> list[bytes]:
+        """Copy between slots and addresses in host memory; digests of what the slots have then. ``RuntimeError`` if the
+        GPU fails; nothing is under way then.
         """
-        runs: list[tuple[int, int, int]] = []
-        for target, source in pairs:
-            if runs and (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]) == (target, source):
-                runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + self._size)
-            else:
-                runs.append((target, source, self._size))
-        try:
-            for target, source, size in runs:
-                call(runtime.cudaMemcpyAsync(target, source, size, kind, self._stream.cuda_stream))
-        except BaseException:
-            self._stream.synchronize()
-            raise
-
-    def _digests(self, slots: Sequence[Slot]) -> list[bytes]:
-        """Of slots, once everything is copied. ``RuntimeError`` if the GPU fails."""
-        digests: list[bytes] = []
-        for first in range(0, len(slots), _MOST):
-            some = slots[first : first + _MOST]
-            self._index[: len(some)] = torch.tensor(some)
-            with torch.cuda.stream(self._stream):
-                index = self._index[: len(some)].to(self._slots.device, non_blocking=True)
-                sums = torch.empty(len(some), 8, dtype=torch.int64, device=index.device)
-                cuda_digest.start(self._slots, index, self._keys, sums)
-                self._sums[: len(some)].copy_(sums, non_blocking=True)
-            self._stream.synchronize()  # releases the GIL
-            digests += cuda_digest.finish(self._sums[: len(some)].numpy().view(np.uint64), self._size)
+        if self._digests is None:
+            self._digests = Digests(self._slots)
+        base, digests = self._slots.data_ptr(), list[bytes]()
+        for first in range(0, len(slots), Digests.MOST):
+            some = slots[first : first + Digests.MOST]
+            ours, theirs = [base + slot * self._size for slot in some], hosts[first : first + Digests.MOST]
+            try:
+                with torch.cuda.stream(self._stream):
+                    self._copy(ours, theirs) if inwards else self._copy(theirs, ours)
+                    self._digests.start(some)
+            finally:
+                self._stream.synchronize()  # releases the GIL
+            digests += self._digests.finish(len(some))
         return digests
-
-
-def _address(memory: memoryview) -> int:
-    address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
-    return address

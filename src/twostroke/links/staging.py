@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import xxhash
 
@@ -27,12 +28,12 @@ class Staging(Protocol):
         """The bytes in ``space`` are complete: when this returns, the slot holds them."""
         ...
 
-    def read(self, slots: Sequence[Slot], targets: Sequence[memoryview]) -> list[bytes]:
-        """Copy slots into these memories. The xxh3-128 of what each slot holds."""
+    def read(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
+        """Copy slots to these places in ``memory``, ``[places, block_bytes]``. The xxh3-128 of what each slot holds."""
         ...
 
-    def write(self, slots: Sequence[Slot], sources: Sequence[memoryview]) -> list[bytes]:
-        """Copy these memories into slots. The xxh3-128 of what each slot holds then."""
+    def write(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
+        """Copy from these places in ``memory`` into slots. The xxh3-128 of what each slot holds then."""
         ...
 
 
@@ -52,18 +53,18 @@ class HostStaging:
     def store(self, slot: Slot) -> None:
         """They are there already."""
 
-    def read(self, slots: Sequence[Slot], targets: Sequence[memoryview]) -> list[bytes]:
+    def read(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.read``."""
-        return [_copied(target, self.load(slot)) for slot, target in zip(slots, targets, strict=True)]
+        return [_copied(memory[place], self._slots[slot]) for slot, place in zip(slots, places, strict=True)]
 
-    def write(self, slots: Sequence[Slot], sources: Sequence[memoryview]) -> list[bytes]:
+    def write(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.write``."""
-        return [_copied(self.space(slot), source) for slot, source in zip(slots, sources, strict=True)]
+        return [_copied(self._slots[slot], memory[place]) for slot, place in zip(slots, places, strict=True)]
 
 
-def _copied(target: memoryview, source: memoryview) -> bytes:
+def _copied(target: Bytes, source: Bytes) -> bytes:
     """Copy, and take the digest on the way: before, so that the copy finds the bytes in the cache."""
-    digest = xxhash.xxh3_128_digest(source)
+    digest = xxhash.xxh3_128_digest(source.data)
     copy(target, source)
     return digest
 
@@ -75,6 +76,11 @@ def staging(slots: torch.Tensor) -> Callable[[], Staging]:
 
         return lambda: CudaStaging(slots)
     return lambda: HostStaging(slots.numpy())
+
+
+def warm(access: Callable[[], Staging], block_bytes: int) -> None:
+    """Read a slot for nobody, so that nobody waits for what this thread needs to be made and compiled."""
+    access().read([0], np.empty((1, block_bytes), np.uint8), [0])
 
 
 def of_thread(make: Callable[[], Staging]) -> Callable[[], Staging]:

@@ -111,16 +111,12 @@ class _Folder:
         return self.size()
 
     def read(self, slot: int, key: BlockKey) -> Sealed:
-        """See ``Medium.read``."""
+        """See ``Device.read``."""
         segment, at = self._places[slot]
         return segment.read(at, key)
 
-    def space(self, slot: int) -> memoryview | None:
-        """See ``Medium.space``."""
-        return None
-
     def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """See ``Medium.write``."""
+        """See ``Device.write``."""
         segment, at = self._places[slot]
         segment.write(at, key, block)
 

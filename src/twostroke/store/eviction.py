@@ -18,8 +18,8 @@ from twostroke.kv.keys import NOBODY, BlockKey, Tenant, tenant_of
 class Policy(Protocol):
     """Knows the keys of a tier, and in which order they go."""
 
-    def add(self, key: BlockKey) -> None:
-        """A block that was not there is stored."""
+    def add(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks that were not there are stored, the last of them last."""
         ...
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
@@ -41,9 +41,9 @@ class Lru:
     def __init__(self) -> None:
         self._keys: OrderedDict[BlockKey, None] = OrderedDict()  # the next to go first
 
-    def add(self, key: BlockKey) -> None:
+    def add(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.add``."""
-        self._keys[key] = None
+        self._keys.update(dict.fromkeys(keys))
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.touch``."""
@@ -76,13 +76,14 @@ class S3Fifo:
         self._main: OrderedDict[BlockKey, int] = OrderedDict()
         self._ghost: OrderedDict[BlockKey, None] = OrderedDict()
 
-    def add(self, key: BlockKey) -> None:
+    def add(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.add``."""
-        if key in self._ghost:
-            del self._ghost[key]
-            self._main[key] = 0
-        else:
-            self._small[key] = 0
+        for key in keys:
+            if key in self._ghost:
+                del self._ghost[key]
+                self._main[key] = 0
+            else:
+                self._small[key] = 0
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.touch``."""
@@ -155,12 +156,13 @@ class Quotas:
             del self._has[tenant]
             self._order.pop(tenant, None)
 
-    def add(self, key: BlockKey) -> None:
-        """It may be evicted from now on. See ``Policy.add``."""
+    def add(self, keys: Iterable[BlockKey]) -> None:
+        """They may be evicted from now on. See ``Policy.add``."""
         if self._most is not None:
-            if (tenant := tenant_of(key)) not in self._order:
-                self._order[tenant] = self._policy()
-            self._order[tenant].add(key)
+            for key in keys:
+                if (tenant := tenant_of(key)) not in self._order:
+                    self._order[tenant] = self._policy()
+                self._order[tenant].add([key])
 
     def touch(self, keys: Iterable[BlockKey]) -> None:
         """See ``Policy.touch``."""

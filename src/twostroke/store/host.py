@@ -3,11 +3,12 @@
 import uuid
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from twostroke.errors import MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Area, Bytes, PoolMemory
 from twostroke.store.eviction import Lru, Policy
-from twostroke.store.format import Sealed
 from twostroke.store.slots import SlotTier
 
 _THREADS = 2  # each way: what it takes to saturate memory, or the link to a GPU
@@ -16,45 +17,34 @@ Register = Callable[[Bytes], Callable[[], None]]
 
 
 class _Arena:
-    """See ``Medium``: all slots are there from the start, and gone with the process."""
+    """See ``Memory``: all slots are there from the start, and gone with the process."""
 
     def __init__(self, slots: int, slot_bytes: int, area: Area, register: Register | None) -> None:
         self.slot_bytes = slot_bytes
-        self._slots = slots
+        self._count = slots
         self._area: Area | None = area  # until it is closed
         self._memory: PoolMemory | None = None
         self._register = register
         self._unregister: Callable[[], None] | None = None
+        self.slots: Bytes = np.empty((0, slot_bytes), np.uint8)
         self.digests: list[bytes] = [b""] * slots
 
     def open(self) -> list[tuple[BlockKey, int]]:
         """See ``Medium.open``."""
         assert self._area is not None, "it is not closed"
-        self._memory = PoolMemory(self._slots, self.slot_bytes, uuid.uuid4().hex, self._area)
+        self._memory = PoolMemory(self._count, self.slot_bytes, uuid.uuid4().hex, self._area)
+        self.slots = self._memory.slots
         if self._register is not None and self._unregister is None:
-            self._unregister = self._register(self._memory.slots)
+            self._unregister = self._register(self.slots)
         return []
 
     def size(self) -> int:
         """See ``Medium.size``."""
-        return self._slots
+        return self._count
 
     def grow(self) -> int:
         """See ``Medium.grow``."""
-        return self._slots
-
-    def read(self, slot: int, key: BlockKey) -> Sealed:
-        """See ``Medium.read``."""
-        return Sealed(self.space(slot), self.digests[slot])
-
-    def space(self, slot: int) -> memoryview:
-        """See ``Medium.space``."""
-        view: memoryview = self.memory.slots[slot].data
-        return view
-
-    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """See ``Medium.write``."""
-        self.digests[slot] = block.digest
+        return self._count
 
     def forget(self, slot: int) -> None:
         """See ``Medium.forget``."""
@@ -67,6 +57,7 @@ class _Arena:
         if self._area is not None:
             self._area.close()
         self._memory = self._area = None
+        self.slots = self.slots[:0].copy()
 
     @property
     def memory(self) -> PoolMemory:
@@ -87,8 +78,7 @@ class Loan:
 
     def release(self) -> None:
         """They may be evicted."""
-        for key, slot in zip(self.keys, self.slots, strict=False):
-            self._shelf.unpin(key, slot)
+        self._shelf.unpin(self.keys[: len(self.slots)], self.slots)
 
 
 class HostTier(SlotTier):
@@ -103,12 +93,13 @@ class HostTier(SlotTier):
         *,
         at_once: int = _AT_ONCE,
         register: Register | None = None,
+        prepare: Callable[[], object] | None = None,
     ) -> None:
         """A tier of at most ``capacity`` bytes of this machine's memory: of ``area``, or else all of it is taken now,
         since whoever opens a tier does not wait for so long.
 
         ``at_once``: blocks that one thread moves at once. ``register``: makes that memory one that a GPU copies
-        from and to by itself, until what it returns is called.
+        from and to by itself, until what it returns is called. ``prepare``: see ``SlotTier``.
 
         Raises:
             MemoryTooSmall: it would not hold one block, or the machine has not enough memory left.
@@ -118,7 +109,9 @@ class HostTier(SlotTier):
             raise MemoryTooSmall(f"a host tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
         area = area or Area(slots * block_bytes, "a host tier", "give it less")
         self.arena = _Arena(slots, block_bytes, area, register)
-        super().__init__("host", self.arena, policy, capacity=capacity, threads=_THREADS, at_once=at_once)
+        super().__init__(
+            "host", self.arena, policy, capacity=capacity, threads=_THREADS, at_once=at_once, prepare=prepare
+        )
 
     def lend(self, keys: Sequence[BlockKey]) -> Loan:
         """Hold the longest prefix of these blocks that is here, for somebody who reads them by himself."""

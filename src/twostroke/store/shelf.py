@@ -76,12 +76,10 @@ class Shelf:
         there twice the last counts. ``protected``: slots of those that are.
         """
         self._slot = dict(slots)
-        for key, slot in self._slot.items():
+        for key in self._slot:
             self._quotas.enter(key)
-            if slot in protected:
-                self._protected.add(key)
-            else:
-                self._may_go(key)
+        self._protected.update(key for key, slot in self._slot.items() if slot in protected)
+        self._may_go([key for key in self._slot if key not in self._protected])
         taken = set(self._slot.values())
         self._free = [slot for slot in range(self.total - 1, -1, -1) if slot not in taken]
 
@@ -101,14 +99,14 @@ class Shelf:
             slots.append(slot)
         return slots
 
-    def unpin(self, key: BlockKey, slot: int) -> None:
-        """A block that was pinned in ``slot`` is no longer read."""
-        self._pins[key] -= 1
-        if self._pins[key]:
-            return
-        del self._pins[key]
-        if slot in self._held:
-            self._put_away(slot, self._held.pop(slot))
+    def unpin(self, keys: Iterable[BlockKey], slots: Iterable[int]) -> None:
+        """Blocks that were pinned in these slots are no longer read."""
+        pins, held = self._pins, self._held
+        for key, slot in zip(keys, slots, strict=True):
+            if count := pins.pop(key) - 1:
+                pins[key] = count
+            elif slot in held:
+                self._put_away(slot, held.pop(slot))
 
     def protect(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
         """Those of the blocks that are here are not evicted from now on. They, and their slots."""
@@ -124,40 +122,31 @@ class Shelf:
         found = self._find(keys)
         for key in found.keys() & self._protected:
             self._protected.remove(key)
-            self._may_go(key)
+            self._may_go([key])
         return found
 
-    def take(self, key: BlockKey) -> int | None:
-        """A slot to write the block into, evicting others as needed. None if it is here, or whatever could go for it is
-        in use or protected.
+    def take(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
+        """Slots to write blocks into, evicting others as needed: of those that are not here, as far as what could go
+        for them is neither in use nor protected.
         """
-        if key in self._slot or key in self._filling or key in self._pins:
-            return None
-        if self._quotas.full(key):
-            victim = self._quotas.evict(key, self._pins.__contains__)
-            if victim is None:
-                return None
-            self._policy.remove(victim)
-            self._evicted(victim)
-        elif not self._free:
-            victim = self._policy.evict(self._pins.__contains__)
-            if victim is None:
-                return None
-            self._quotas.remove(victim)
-            self._evicted(victim)
-        slot = self._filling[key] = self._free.pop()
-        self._quotas.enter(key)
-        return slot
+        here, filling, pins = self._slot, self._filling, self._pins
+        taken: dict[BlockKey, int] = {}
+        for key in keys:
+            if key not in here and key not in filling and key not in pins and self._has_room(key):
+                taken[key] = filling[key] = self._free.pop()
+                self._quotas.enter(key)
+        return taken
 
-    def publish(self, key: BlockKey) -> None:
-        """The block is written as a whole, and can be found from now on."""
-        self._slot[key] = self._filling.pop(key)
-        self._may_go(key)
+    def publish(self, keys: Sequence[BlockKey]) -> None:
+        """Blocks are written as a whole, and can be found from now on."""
+        self._slot.update(zip(keys, map(self._filling.pop, keys), strict=True))
+        self._may_go(keys)
 
-    def cancel(self, key: BlockKey) -> None:
-        """The block could not be written."""
-        self._free.append(self._filling.pop(key))
-        self._quotas.leave(key)
+    def cancel(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks could not be written."""
+        for key in keys:
+            self._free.append(self._filling.pop(key))
+            self._quotas.leave(key)
 
     def discard(self, key: BlockKey, *, bad: bool = True) -> None:
         """Give up a block. If it is damaged its slot is set aside, since the next one might fare no better there."""
@@ -178,9 +167,26 @@ class Shelf:
     def _find(self, keys: Iterable[BlockKey]) -> dict[BlockKey, int]:
         return {key: slot for key in keys if (slot := self._slot.get(key)) is not None}
 
-    def _may_go(self, key: BlockKey) -> None:
-        self._policy.add(key)
-        self._quotas.add(key)
+    def _has_room(self, key: BlockKey) -> bool:
+        """Whether there is a free slot that the block may have, now that another went for it if need be."""
+        if self._quotas.full(key):
+            victim = self._quotas.evict(key, self._pins.__contains__)
+            if victim is not None:
+                self._policy.remove(victim)
+        elif self._free:
+            return True
+        else:
+            victim = self._policy.evict(self._pins.__contains__)
+            if victim is not None:
+                self._quotas.remove(victim)
+        if victim is None:
+            return False
+        self._evicted(victim)
+        return True
+
+    def _may_go(self, keys: Sequence[BlockKey]) -> None:
+        self._policy.add(keys)
+        self._quotas.add(keys)
 
     def _evicted(self, key: BlockKey) -> None:
         self._free.append(self._slot.pop(key))

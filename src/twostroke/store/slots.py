@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import Bytes
 from twostroke.store.direct import NO_ROOM
 from twostroke.store.eviction import Policy, Quotas
-from twostroke.store.format import Corrupt, Sealed
+from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.shelf import Shelf
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage, leading
@@ -40,18 +41,6 @@ class Medium(Protocol):
         """Make more slots if the budget allows; how many there are now. Never called twice at once."""
         ...
 
-    def read(self, slot: int, key: BlockKey) -> Sealed:
-        """The block in a slot, not yet verified; good until this thread's next call. ``Corrupt`` if it is another."""
-        ...
-
-    def space(self, slot: int) -> memoryview | None:
-        """The slot's memory, for a medium that is memory: what is to be put there is written by who has it."""
-        ...
-
-    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """Put a block into a slot; its bytes are there already if there was a ``space`` for them."""
-        ...
-
     def forget(self, slot: int) -> None:
         """What is in the slot is not to be found any more."""
         ...
@@ -59,6 +48,27 @@ class Medium(Protocol):
     def close(self) -> None:
         """Let go of everything. What outlives the process stays."""
         ...
+
+
+@runtime_checkable
+class Device(Medium, Protocol):
+    """A medium that blocks are written to and read from."""
+
+    def read(self, slot: int, key: BlockKey) -> Sealed:
+        """The block in a slot, not yet verified; good until this thread's next call. ``Corrupt`` if it is another."""
+        ...
+
+    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
+        """Put a block into a slot."""
+        ...
+
+
+@runtime_checkable
+class Memory(Medium, Protocol):
+    """A medium that is memory: who has the other end of a copy makes it."""
+
+    slots: Bytes  # uint8 [slots, slot_bytes], once it is open
+    digests: list[bytes]  # of what the slots hold
 
 
 @runtime_checkable
@@ -86,25 +96,29 @@ class SlotTier:
     def __init__(
         self,
         name: str,
-        medium: Medium,
+        medium: Device | Memory,
         policy: Callable[[], Policy],
         *,
         capacity: int,
         threads: int,
         at_once: int = 1,
+        prepare: Callable[[], object] | None = None,
     ) -> None:
         """``capacity``: bytes that the medium may use. ``threads``: that read, and as many that write. ``at_once``:
-        blocks that one moves at once; of a medium that is not memory, it has one at a time.
+        blocks that one moves at once, of a medium that is memory. ``prepare``: what each of them does at ``open``.
         """
         self.name = name
         self.quota: int | None = None  # bytes that a tenant may have here, from the next ``open`` on
-        self._medium = medium
+        self._medium: Medium = medium
+        self._memory = medium if isinstance(medium, Memory) else None
+        self._device = medium if isinstance(medium, Device) else None
         self._lasting = medium if isinstance(medium, Lasting) else None
         self._policy = policy
         self._capacity = capacity
         self._threads = Threads(threads, name)
         self._readers = Threads(threads, f"{name}-read")  # what a request waits for is not behind what nobody does
         self._at_once = at_once
+        self._prepare = prepare
         self._shelf = Shelf(0, policy())
         self._paused = 0.0  # until when nothing is written
         self._damaged = 0
@@ -119,6 +133,8 @@ class SlotTier:
         await self._idle.wait()  # nothing may write into slots that are handed out anew
         try:
             found = await self._threads.run(self._medium.open)
+            if self._prepare is not None:
+                await asyncio.gather(self._threads.all(self._prepare), self._readers.all(self._prepare))
         except OSError as error:
             raise TierFailed(_why(error)) from error
         self._evictions += self._shelf.evictions
@@ -134,23 +150,13 @@ class SlotTier:
         """See ``Tier.get``."""
         shelf, slots = self._shelf, self._shelf.pin(keys)
 
-        def fetch(run: range) -> list[bool | Corrupt | OSError]:
-            results: dict[int, bool | Corrupt | OSError] = {}
-            there: dict[int, Sealed] = {}
-            for index in run:
-                try:
-                    there[index] = self._medium.read(slots[index], keys[index])
-                except (Corrupt, OSError) as error:
-                    results[index] = error
-            results.update(zip(there, target.take(list(there), list(there.values())), strict=True))
-            return [results[index] for index in run]
-
         self._use(1)
         try:
-            results = await self._readers.runs(fetch, len(slots), self._run(len(slots)))
+            results = await self._readers.runs(
+                lambda run: self._load(target, run, keys, slots), len(slots), self._run(len(slots))
+            )
         finally:
-            for key, slot in zip(keys, slots, strict=False):
-                shelf.unpin(key, slot)
+            shelf.unpin(keys[: len(slots)], slots)
             self._use(-1)
         await self._give_up([i for i, result in enumerate(results) if isinstance(result, Corrupt)], keys, slots)
         try:
@@ -166,20 +172,19 @@ class SlotTier:
         if not missing or time.monotonic() < self._paused:
             return len(keys) - len(missing)
         taken: list[tuple[int, BlockKey, int]] = []
-        written: set[BlockKey] = set()
+        written: dict[BlockKey, int] = {}
         self._use(1)
         try:
             await self._make_room(len(missing))
-            for index in missing:
-                if (slot := shelf.take(keys[index])) is not None:
-                    taken.append((index, keys[index], slot))
+            slots = shelf.take([keys[index] for index in missing])
+            taken = [(index, keys[index], slots.pop(keys[index])) for index in missing if keys[index] in slots]
             results = await self._threads.runs(
                 lambda run: self._store(source, [taken[i] for i in run]), len(taken), self._run(len(taken))
             )
-            done = [job for job, result in zip(taken, results, strict=True) if result is True]
+            done = {key: slot for (_, key, slot), result in zip(taken, results, strict=True) if result is True}
             if done and lasting is not None:
-                await self._threads.run(lambda: lasting.commit([slot for _, _, slot in done]))
-            written = {key for _, key, _ in done}
+                await self._threads.run(lambda: lasting.commit([*done.values()]))
+            written = done
             _check(results)
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -188,8 +193,8 @@ class SlotTier:
             self._paused = time.monotonic() + PAUSE_SECONDS
         finally:
             # From the last to the first, so that a prefix is evicted after what depends on it.
-            for _, key, _ in reversed(taken):
-                shelf.publish(key) if key in written else shelf.cancel(key)
+            shelf.publish([*reversed(written)])
+            shelf.cancel([key for _, key, _ in taken if key not in written])
             self._use(-1)
         return len(keys) - len(missing) + len(written)
 
@@ -215,8 +220,7 @@ class SlotTier:
             except OSError as error:
                 raise TierFailed(_why(error)) from error
             finally:
-                for key in held:
-                    shelf.unpin(key, found[key])
+                shelf.unpin(held, [found[key] for key in held])
                 self._use(-1)
         return len(found)
 
@@ -237,8 +241,7 @@ class SlotTier:
         except OSError as error:
             raise TierFailed(_why(error)) from error
         finally:
-            for key, slot in held.items():  # only now may the slots be written again
-                shelf.unpin(key, slot)
+            shelf.unpin(held.keys(), held.values())  # only now may the slots be written again
             self._use(-1)
         return len(held)
 
@@ -270,21 +273,37 @@ class SlotTier:
         """How many of so many blocks a thread takes at once."""
         return max(1, min(self._at_once, count // (2 * self._threads.count)))
 
+    def _load(
+        self, target: Target, run: range, keys: Sequence[BlockKey], slots: Sequence[int]
+    ) -> Sequence[bool | Corrupt | OSError]:
+        """These of the blocks, to ``target``."""
+        if (memory := self._memory) is not None:
+            ours = slots[run.start : run.stop]
+            return target.take(run, memory.slots, ours, [memory.digests[slot] for slot in ours])
+        assert self._device is not None, "it is one or the other"
+        results: list[bool | Corrupt | OSError] = []
+        for index in run:
+            try:
+                results.append(target.place(index, verify(self._device.read(slots[index], keys[index]))))
+            except (Corrupt, OSError) as error:
+                results.append(error)
+        return results
+
     def _store(self, source: Source, jobs: Sequence[tuple[int, BlockKey, int]]) -> list[bool | OSError]:
         """Blocks, by their number in ``source``, into slots."""
-        blocks: list[Sealed | None]
-        spaces = [space for _, _, slot in jobs if (space := self._medium.space(slot)) is not None]
-        if spaces:
-            digests = source.fill([index for index, _, _ in jobs], spaces)
-            sealed = zip(spaces, digests, strict=True)
-            blocks = [None if digest is None else Sealed(space, digest) for space, digest in sealed]
-        else:
-            blocks = [source.block(index) for index, _, _ in jobs]
+        if (memory := self._memory) is not None:
+            slots = [slot for _, _, slot in jobs]
+            digests = source.fill([index for index, _, _ in jobs], memory.slots, slots)
+            for slot, digest in zip(slots, digests, strict=True):
+                memory.digests[slot] = digest or b""
+            return [digest is not None for digest in digests]
+        assert self._device is not None, "it is one or the other"
         results: list[bool | OSError] = []
-        for (_, key, slot), block in zip(jobs, blocks, strict=True):
+        for index, key, slot in jobs:
+            block = source.block(index)
             try:
                 if block is not None:
-                    self._medium.write(slot, key, block)
+                    self._device.write(slot, key, block)
             except OSError as error:
                 results.append(error)
             else:

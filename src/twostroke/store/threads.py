@@ -43,6 +43,16 @@ class Threads:
         self._jobs.put(job)
         return await asyncio.shield(future)
 
+    async def all(self, work: Callable[[], object]) -> None:
+        """Have each thread call ``work`` once."""
+        together = threading.Barrier(self.count)
+
+        def one() -> None:
+            together.wait()
+            work()
+
+        await asyncio.gather(*(self.run(one) for _ in range(self.count)))
+
     async def each(self, work: Callable[[int], Result], count: int) -> list[Result]:
         """What ``work`` makes of 0 … count - 1, by as many threads as there are. Ends when all of it has ended.
 

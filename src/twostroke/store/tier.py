@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from twostroke.kv.copying import copy
 from twostroke.kv.keys import BlockKey
+from twostroke.kv.memory import Bytes
 from twostroke.messages import PoolAddress
 from twostroke.store.format import Corrupt, Sealed, verify
 
@@ -35,13 +36,15 @@ class Source(Protocol):
         """The block of the ``index``-th key, good until the same thread asks again. None: it is not to be had."""
         ...
 
-    def fill(self, indexes: Sequence[int], spaces: Sequence[memoryview]) -> list[bytes | None]:
-        """Write blocks into memory of the tier's, all at once where that is faster: the digest of each, or None."""
+    def fill(self, indexes: Sequence[int], memory: Bytes, slots: Sequence[int]) -> list[bytes | None]:
+        """Write blocks into these slots of the tier's memory, ``[slots, block_bytes]``, all at once where that is
+        faster: the digest of each, or None.
+        """
         digests: list[bytes | None] = []
-        for index, space in zip(indexes, spaces, strict=True):
+        for index, slot in zip(indexes, slots, strict=True):
             block = self.block(index)
             if block is not None:
-                copy(space, block.payload)
+                copy(memory[slot], block.payload)
             digests.append(block and block.digest)
         return digests
 
@@ -59,12 +62,16 @@ class Target(Protocol):
         """Take the block of the ``index``-th key; its bytes may change after this. False: nobody wants it any more."""
         ...
 
-    def take(self, indexes: Sequence[int], blocks: Sequence[Sealed]) -> list[bool | Corrupt]:
-        """Verify and ``place`` blocks that lie in memory of the tier's, all at once where that is faster."""
+    def take(
+        self, indexes: Sequence[int], memory: Bytes, slots: Sequence[int], digests: Sequence[bytes]
+    ) -> list[bool | Corrupt]:
+        """Verify and ``place`` blocks that lie in these slots of the tier's memory, ``[slots, block_bytes]``, all at
+        once where that is faster.
+        """
         results: list[bool | Corrupt] = []
-        for index, block in zip(indexes, blocks, strict=True):
+        for index, slot, digest in zip(indexes, slots, digests, strict=True):
             try:
-                results.append(self.place(index, verify(block)))
+                results.append(self.place(index, verify(Sealed(memory[slot].data, digest))))
             except Corrupt as error:
                 results.append(error)
         return results

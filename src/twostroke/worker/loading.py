@@ -29,7 +29,7 @@ from twostroke.links import nixl
 from twostroke.links.link import Link
 from twostroke.links.nixl import NixlLink, NixlServer
 from twostroke.links.shm import SharedMemoryLink
-from twostroke.links.staging import Staging, staging
+from twostroke.links.staging import Staging, of_thread, staging, warm
 from twostroke.links.tcp import TcpLink, TcpServer
 from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, PoolAddress, TcpEndpoint
 from twostroke.store.directory import DirectoryTier
@@ -59,7 +59,7 @@ class Loaded:
     links: tuple[Link, ...]  # what we read other workers' pools with, best first
     servers: tuple[NixlServer | TcpServer, ...]  # what gives others access to our slots
     offers: tuple[PoolAddress, ...]  # every way in which others may read our pool, best first
-    staging: Callable[[], Staging]  # makes access to our slots, for each thread that asks
+    staging: Callable[[], Staging]  # the calling thread's access to our slots
     tiers: tuple[Tier, ...]  # of our store, not yet open
 
     def serve(self, exported: Callable[[str, int], Lease | None]) -> None:
@@ -124,7 +124,8 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     links: list[Link] = []
     offers: list[PoolAddress] = []
     servers: list[NixlServer | TcpServer] = []
-    access = staging(slots)
+    make_access = staging(slots)
+    access = of_thread(make_access)
 
     def slowest() -> float:
         return max(engine.speed, _SLOWEST)
@@ -137,18 +138,25 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         links.append(NixlLink(slots, secret, config.link_devices, slowest=slowest))
         offers.append(registered.address)
     if config.link in ("auto", TcpEndpoint.link):
-        serving = TcpServer(bind(config.host, 0), memory.address, access, secret)
+        serving = TcpServer(bind(config.host, 0), memory.address, make_access, secret)
         servers.append(serving)
-        links.append(TcpLink(memory.address, access, secret, slowest=slowest))
+        links.append(TcpLink(memory.address, make_access, secret, slowest=slowest))
         offers.append(serving.address)
-    tiers = tuple(_make_tier(tier, model.layout, model.device, config, secret) for tier in config.store)
+    tiers = tuple(_make_tier(tier, model.layout, model.device, config, secret, access) for tier in config.store)
     for tier in tiers:
         if isinstance(tier, SlotTier | DirectoryTier):  # others are their servers'
             tier.quota = configs.check_quota(config.tenant_quota, model.layout.block_bytes)
     return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
 
 
-def _make_tier(tier: TierConfig, layout: Layout, device: torch.device, config: WorkerConfig, secret: str) -> Tier:
+def _make_tier(
+    tier: TierConfig,
+    layout: Layout,
+    device: torch.device,
+    config: WorkerConfig,
+    secret: str,
+    access: Callable[[], Staging],
+) -> Tier:
     policy = POLICIES[config.eviction]
     match tier:
         case configs.HostTier(size):
@@ -163,6 +171,7 @@ def _make_tier(tier: TierConfig, layout: Layout, device: torch.device, config: W
                 policy,
                 at_once=GPU_AT_ONCE,
                 register=lambda memory: register(memory, index),
+                prepare=lambda: warm(access, layout.block_bytes),
             )
         case configs.DiskTier(path, size):
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, config.name, policy)

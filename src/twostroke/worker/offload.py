@@ -12,8 +12,9 @@ from twostroke.engine.engine import Admitted, Engine, Job, Update
 from twostroke.errors import EngineFailed, HandoverFailed
 from twostroke.kv.copying import copy, kernel
 from twostroke.kv.keys import BlockKey, block_keys, root_key
+from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
-from twostroke.links.staging import Staging, of_thread
+from twostroke.links.staging import Staging
 from twostroke.messages import Output, PoolAddress, Request
 from twostroke.store.choice import choose
 from twostroke.store.format import Corrupt, Sealed, seal
@@ -74,12 +75,12 @@ class SlotsEnd(Source, Target):
         finally:
             self._gate.leave()
 
-    def fill(self, indexes: Sequence[int], spaces: Sequence[memoryview]) -> list[bytes | None]:
+    def fill(self, indexes: Sequence[int], memory: Bytes, slots: Sequence[int]) -> list[bytes | None]:
         """See ``Source.fill``."""
         if not self._gate.enter():
             return [None] * len(indexes)
         try:
-            return [*self._staging().read([self._slots[index] for index in indexes], spaces)]
+            return [*self._staging().read([self._slots[index] for index in indexes], memory, slots)]
         finally:
             self._gate.leave()
 
@@ -99,17 +100,18 @@ class SlotsEnd(Source, Target):
         finally:
             self._gate.leave()
 
-    def take(self, indexes: Sequence[int], blocks: Sequence[Sealed]) -> list[bool | Corrupt]:
+    def take(
+        self, indexes: Sequence[int], memory: Bytes, slots: Sequence[int], digests: Sequence[bytes]
+    ) -> list[bool | Corrupt]:
         """See ``Target.take``. They count only once the tier has said that they came."""
         if not self._gate.enter():
             return [False] * len(indexes)
         try:
-            slots = [self._slots[index] for index in indexes]
-            digests = self._staging().write(slots, [block.payload for block in blocks])
+            arrived = self._staging().write([self._slots[index] for index in indexes], memory, slots)
         finally:
             self._gate.leave()
-        arrived = zip(blocks, digests, strict=True)
-        return [block.digest == digest or Corrupt("its bytes are damaged") for block, digest in arrived]
+        both = zip(digests, arrived, strict=True)
+        return [wanted == came or Corrupt("its bytes are damaged") for wanted, came in both]
 
     def close(self) -> None:
         """The slots are neither read nor written any more when this returns."""
@@ -173,14 +175,14 @@ class Offload:
         lifecycle: Lifecycle,
         pool: PoolAddress | None = None,
     ) -> None:
-        """``staging``: makes access to the engine's pool for each thread that asks; ``pool``: where other processes on
-        this machine find it, if it is host memory.
+        """``staging``: the calling thread's access to the engine's pool; ``pool``: where other processes on this
+        machine find it, if it is host memory.
         """
         self._pool = pool
         self.store = store
         self._engine = engine
         self._lifecycle = lifecycle
-        self._staging = of_thread(staging)
+        self._staging = staging
         self._flights = Flights()
 
     async def open(self) -> None:
@@ -254,9 +256,8 @@ class Offload:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        """What moves and checks blocks, so that no request waits for it."""
+        """What copies blocks, so that no request waits for it."""
         kernel()
-        self._staging()
 
     def _published(self, keys: list[BlockKey]) -> None:
         self._flights.land(keys)
