@@ -135,6 +135,21 @@ def test_single_tokens(loaded: Loaded, rows: int, captured: bool, monkeypatch: p
         check(loaded, asked, logits)
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_ends_of_prompts_beside_single_tokens(loaded: Loaded, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded.runner._tails
+    if not captured:
+        monkeypatch.setattr(loaded.runner, "_tails", [])
+    asked = loaded.sequences()
+    left = dict(zip(asked[-5:], (1, 1, 16, 5, 41), strict=True))
+    starts = {one: len(one.tokens) - count for one, count in left.items()}
+    loaded.compute([(one, 0, start) for one, start in starts.items()])
+    for some in (asked[-5:], asked[-3:-2], asked[-2:]):
+        logits = loaded.compute([(one, starts[one], len(one.tokens)) for one in some])
+        assert list(logits) == some
+        check(loaded, asked, logits)
+
+
 def test_everything_in_one_step(loaded: Loaded) -> None:
     """Single tokens, chunks that continue and whole prompts."""
     asked = loaded.sequences()

@@ -150,6 +150,30 @@ def test_padding_repeats_the_first_row_and_is_stored_nowhere(rows: int, spare: i
     assert step.ends.tolist() == [0, 1]
 
 
+def test_tokens_apart_are_rows_like_those_of_single_tokens() -> None:
+    chunks = [chunk(40, 1, unknown=True), chunk(30, 4), chunk(0, 2, samples=False)]
+    step = step_of(chunks, 16, {chunks[0].sequence: 5}, rows=9, items=9, apart=True)
+    assert found(step)[:7] == rows_of(chunks, 16, {chunks[0].sequence: 5})
+    assert step.places[7:].tolist() == [-1, -1]
+    assert step.lengths.tolist() == [41, 31, 32, 33, 34, 1, 2, 41, 41]
+    assert [row.tolist() for row in step.tables[:, :3]] == [
+        [*table_of(one, 16), 0, 0][:3] for one in (*chunks[:1], *[chunks[1]] * 4, *[chunks[2]] * 2, *[chunks[0]] * 2)
+    ]
+    check_work(step, 7, 9)
+    assert step.ends.tolist() == [0, 4]
+    assert not step.longs
+    assert not step.shorts
+
+
+def test_rows_that_fill_up_behind_tokens_apart_repeat_the_first_of_them() -> None:
+    step = step_of([chunk(30, 4), chunk(40, 1)], 16, {}, rows=8, items=9, apart=True)
+    assert step.positions.tolist() == [30, 31, 32, 33, 40, 30, 30, 30]
+    assert step.lengths.tolist() == [31, 32, 33, 34, 41, 31, 31, 31]
+    assert step.places[5:].tolist() == [-1] * 3
+    assert len(step.ids) == len(step.tables) == 8
+    assert step.ids[5:].tolist() == step.ids[:1].tolist() * 3
+
+
 def test_arrays_of_a_decode_step_lie_where_only_its_rows_decide() -> None:
     """A captured graph reads all but the tables' width from the same places, so the tables must come after the rest."""
     near, far = (step_of([chunk(start, 1), chunk(1, 1)], 16, {}, rows=4, items=9).arrays() for start in (2, 900))

@@ -1,13 +1,14 @@
 """Steps on a CUDA device.
 
-A step that only decodes replays a CUDA graph for the next larger batch; any other runs kernel by kernel. Either way the
+A step of few tokens replays a CUDA graph for the next larger size; any other runs kernel by kernel. Either way the
 host uploads one array, starts the kernels, and waits for nothing but the sampled tokens, one step later.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from twostroke.engine import cuda_attention
 from twostroke.engine.cuda_attention import Batch, Bundle, Singles, mark_layers
 from twostroke.engine.cuda_attention import Chunk as DeviceChunk
 from twostroke.engine.cuda_experts import use_few_experts
-from twostroke.engine.cuda_kernels import early
+from twostroke.engine.cuda_kernels import bring, early
 from twostroke.engine.cuda_prefill import CudnnAttention
 from twostroke.engine.cuda_product import use_products
 from twostroke.engine.cuda_step import Ints, Room, Step, prompts_of, step_of
@@ -41,6 +42,8 @@ _CONTEXT_BYTES = 600 << 20  # of the driver and of libraries, which torch does n
 _GRAPH_BYTES = 512 << 20  # of the captured graphs' own memory
 _WAVE = 2  # programs of decode attention on a multiprocessor at once
 _COUNTERS = 1 << 16  # results that programs of one kernel may share
+_FIRST = -1  # priority of the engine's kernels, before those that move blocks
+_TAILS = (16, 32, 64)  # rows of steps with ends of prompts whose beginnings the pool has
 _TOGETHER = 8  # short prompts that are captured as one step
 
 _Result = tuple[torch.Tensor, torch.Tensor]  # logits, most probable tokens
@@ -52,7 +55,7 @@ def usual_dtype() -> str:
 
 
 class _Upload:
-    """One array of int32 on the device that each step's numbers go to, in one copy."""
+    """One array of int32 on the device that each step's numbers go to together."""
 
     def __init__(self, device: torch.device, capacity: int) -> None:
         self._device = torch.empty(capacity, dtype=torch.int32, device=device)
@@ -68,7 +71,7 @@ class _Upload:
             host[at : at + array.size] = array.reshape(-1)
             places.append(self._device[at : at + array.size].view(array.shape))
             at += -(-array.size // _ALIGN) * _ALIGN
-        self._device[:at].copy_(self._hosts[0][:at], non_blocking=True)
+        bring(self._device[:at], self._hosts[0][:at])
         return places
 
 
@@ -128,6 +131,7 @@ class CudaRunner:
             layer.compile(dynamic=True)
         network.base_model.norm.compile(dynamic=True)
         self._decodes: list[_Graph] = []  # smallest first
+        self._tails: list[_Graph] = []
         self._prompts: list[_Graph] = []
         self._kv = torch.empty(0)
         self._arrived = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
@@ -168,12 +172,14 @@ class CudaRunner:
             return
         self._limits = limits
         pages = self._layout.blocks(limits.context)
-        tokens = limits.token_budget + limits.max_batch
+        most = max(_TOGETHER, *_TAILS, limits.max_batch)
+        tokens = limits.token_budget + most
         # Tables, of bundles too, whose sequences and pages are filled up to powers of two.
-        capacity = 8 * tokens + 4 * (limits.max_batch + 64) * (pages + 2 * _ALIGN) + 4 * self._items(limits.max_batch)
+        capacity = 8 * tokens + 4 * (most + 64) * (pages + 2 * _ALIGN) + 4 * self._items(most)
         self._upload = _Upload(self._device, capacity)
-        most = max(_TOGETHER, limits.max_batch)
         self._sampled = torch.zeros(most, dtype=torch.int64, device=self._device)  # by the latest step launched
+        hosts = (torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(self.depth + 1))
+        self._answers = deque(hosts)
         self._ids = torch.zeros_like(self._sampled)  # the most probable ones; the step may yet fail
         head = self._network.get_output_embeddings().weight
         self._logits = torch.zeros(most, len(head), dtype=self._dtype, device=self._device)
@@ -189,7 +195,7 @@ class CudaRunner:
     def _capture(self, limits: Limits) -> None:
         """Graphs of decode steps and of short prompts, largest first, so that smaller ones fit into their memory."""
         block = self._layout.block_tokens
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self._device, priority=_FIRST)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         memory = torch.cuda.graph_pool_handle()
 
@@ -206,6 +212,7 @@ class CudaRunner:
             return _Graph(room, graph)
 
         with torch.cuda.stream(stream):
+            self._brought(self._ids)  # so that it is compiled
             if self._cudnn is not None:
                 for room in reversed(_prompt_rooms(len(self._kv), limits, block)):
                     step = prompts_of([_anything(room.rows, self._layout)], block, room)
@@ -214,6 +221,9 @@ class CudaRunner:
                 some = max(2, rows)
                 step = step_of([_anything(1, self._layout)], block, {}, rows=some, items=self._items(some))
                 self._decodes.insert(0, captured(Room(rows, rows, 0), step, partial(self._decode, alone=rows == 1)))
+            for rows in reversed(_TAILS):
+                step = step_of([_anything(1, self._layout)], block, {}, rows=rows, items=self._items(rows))
+                self._tails.insert(0, captured(Room(rows, rows, 0), step, partial(self._decode, apart=True)))
         stream.synchronize()
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -221,7 +231,7 @@ class CudaRunner:
     def enter_thread(self) -> None:
         """See ``Runner``."""
         torch.cuda.set_device(self._device)
-        torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(torch.cuda.Stream(self._device, priority=_FIRST))  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def launch(self, chunks: Seq[Chunk], rows: Seq[Row]) -> Launched:
@@ -236,10 +246,17 @@ class CudaRunner:
             raise DeviceLost(f"the GPU failed: {error}") from error
         self._sampled[: len(rows)] = drawn.ids
         self._row_of = {sequence: row for row, sequence in enumerate(c.sequence for c in chunks if c.samples)}
-        drawn = drawn.to_host()
+        drawn = replace(drawn, ids=self._brought(drawn.ids)).to_host()
         computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         computed.record()
         return _UnderWay(drawn, computed)
+
+    def _brought(self, ids: torch.Tensor) -> torch.Tensor:
+        """The same in the host's memory, once the stream has come that far; until as many steps more are launched."""
+        self._answers.rotate()
+        answer = self._answers[0][: len(ids)]
+        bring(answer, ids)
+        return answer
 
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> torch.Tensor:
@@ -253,13 +270,20 @@ class CudaRunner:
     def _compute(self, chunks: Seq[Chunk]) -> _Result:
         """Logits ``[chunks that sample, vocabulary]`` and the most probable tokens, until the next step."""
         block = self._layout.block_tokens
-        sampled = sum(chunk.samples for chunk in chunks)
+        sampled, tokens = sum(chunk.samples for chunk in chunks), sum(chunk.size for chunk in chunks)
+        tails = next((graph for graph in self._tails if graph.room.rows >= tokens), None)
         if chunks[-1].size == 1:
             one = next((graph for graph in self._decodes if graph.room.rows >= len(chunks)), None)
             rows = max(2, one.room.rows) if one else len(chunks)
             step = step_of(chunks, block, self._row_of, rows=rows, items=self._items(rows))
-        elif chunks[0].size > 1 and (one := next((g for g in self._prompts if g.room.holds(chunks, block)), None)):
+        elif (
+            chunks[0].size > 1
+            and not (tails and tokens <= _TAILS[0])
+            and (one := next((graph for graph in self._prompts if graph.room.holds(chunks, block)), None))
+        ):
             step = prompts_of(chunks, block, one.room)
+        elif tails:
+            return self._compute_apart(chunks, tails)
         else:
             items = self._items(sum(chunk.size == 1 for chunk in chunks))
             one = None
@@ -270,12 +294,19 @@ class CudaRunner:
         one.graph.replay()
         return self._logits[:sampled], self._ids[:sampled]
 
-    def _decode(self, arrays: Seq[torch.Tensor], *, alone: bool) -> _Result:
-        """A step of single tokens, all of which are sampled from."""
+    def _compute_apart(self, chunks: Seq[Chunk], graph: _Graph) -> _Result:
+        """Few tokens of any chunks, each attended to like a single one."""
+        rows = graph.room.rows
+        step = step_of(chunks, self._layout.block_tokens, self._row_of, rows=rows, items=self._items(rows), apart=True)
+        ends = self._upload.put(step.arrays())[7]
+        graph.graph.replay()
+        return self._logits[ends], self._ids[ends]
+
+    def _decode(self, arrays: Seq[torch.Tensor], *, alone: bool = False, apart: bool = False) -> _Result:
+        """A step of single tokens, or of some that are ``apart``; logits of all."""
         ids, positions, places, lengths, work, sizes, tables, _ = arrays
-        return self._run(
-            self._batch(places, Singles(len(ids), tables, sizes, lengths, work), alone=alone), ids, positions
-        )
+        singles = Singles(len(ids), tables, sizes, lengths, work)
+        return self._run(self._batch(places, singles, alone=alone, apart=apart), ids, positions)
 
     def _prefill(self, step: Step, arrays: Seq[torch.Tensor]) -> _Result:
         """Any step, from where its arrays were uploaded to."""
@@ -298,6 +329,7 @@ class CudaRunner:
         bundles: Seq[Bundle] = (),
         *,
         alone: bool = False,
+        apart: bool = False,
     ) -> Batch:
         return Batch(
             self._kv,
@@ -310,6 +342,7 @@ class CudaRunner:
             self._arrived,
             self._following,
             alone,
+            apart,
         )
 
     def _items(self, rows: int) -> int:
@@ -347,7 +380,9 @@ def _prompt_rooms(slots: int, limits: Limits, block: int) -> list[Room]:
     """Steps of short prompts that are captured, smallest first: these would take longer to launch than to compute."""
     most = min(1024, limits.token_budget, slots * block)
     rows = sorted({min(most, rows) for rows in (128, 256, 512, 1024) if most > 1})
-    return [Room(count, sequences, 2048 // block) for count in rows for sequences in (1, _TOGETHER)]
+    near, far = 2048 // block, min(-(-limits.context // block), slots)
+    rooms = [Room(count, sequences, near) for count in rows for sequences in (1, _TOGETHER)]
+    return rooms + [Room(count, 1, far) for count in rows if far > near]
 
 
 def _anything(tokens: int, layout: Layout) -> Chunk:

@@ -72,6 +72,7 @@ class Batch:
     arrived: torch.Tensor  # int32, zeros between kernels: how many of those who share a result are done
     following: Mapping[int, torch.Tensor]  # by a weight's address, the weight that is read next
     alone: bool = False  # all rows are copies of the first
+    apart: bool = False  # some rows are tokens of the same sequence, each attended to like a single token
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -146,7 +147,7 @@ def _attend(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [rows, heads, dim]
     rows, heads, dim = query.shape
     singles = batch.singles
-    if (first := singles.rows if singles else 0) < rows:
+    if (first := singles.rows if singles and not batch.apart else 0) < rows:
         store(key[first:], value[first:], batch.kv, index, batch.places[first:])
     # cuDNN writes whole tiles: some rows beyond a chunk's last.
     spare = _COARSE if batch.chunks and batch.cudnn else 0

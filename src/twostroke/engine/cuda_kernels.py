@@ -13,6 +13,7 @@ import triton.language as tl
 from twostroke.engine.cuda_step import PARTS, TILE
 
 _TILE_BYTES = 16 << 10  # of K, or V, that a program takes at a time, at most
+_BROUGHT = 1024  # numbers that a program brings
 _LEAST = 16  # of each side of a matrix product
 _ZEROED = 256  # tokens; attention reads whole tiles, and not even with weight 0 may it meet what is not a number
 
@@ -44,6 +45,12 @@ def _store(
         at = (place // BLOCK).to(tl.int64) * slot_stride + layer_offset + (heads * BLOCK + place % BLOCK) * DIM + dims
         tl.store(kv + at, k, real)
         tl.store(kv + at + KV_HEADS * BLOCK * DIM, v, real)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _bring(source, target, count, AT_ONCE: tl.constexpr):
+    at = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    tl.store(target + at, tl.load(source + at, at < count), at < count)
 
 
 @triton.jit
@@ -189,6 +196,18 @@ def store(key: torch.Tensor, value: torch.Tensor, kv: torch.Tensor, layer: int, 
         kv.stride(0), layer * kv.stride(1), kv_heads, dim, kv.shape[4],
         triton.next_power_of_2(kv_heads), triton.next_power_of_2(dim), early(), launch_pdl=early(),
     )  # fmt: skip
+
+
+def bring(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a few numbers between the GPU and pinned memory, on torch's current stream: unlike a copy of CUDA's, which
+    would queue behind the blocks that are on their way.
+
+    Args:
+        target: ``[numbers]``, dense.
+        source: ``[numbers]``, likewise, of the same type.
+    """
+    count = len(source)
+    _bring[(triton.cdiv(count, _BROUGHT),)](source, target, count, _BROUGHT)
 
 
 def gather(kv: torch.Tensor, layer: int, table: torch.Tensor, size: int) -> torch.Tensor:

@@ -94,6 +94,7 @@ def step_of(
     rows: int = 0,
     items: int = 0,
     together: bool = True,
+    apart: bool = False,
 ) -> Step:
     """The arrays of these chunks, single tokens first.
 
@@ -101,9 +102,11 @@ def step_of(
         chunks: at least one.
         block: tokens in a block.
         sampled: which token of the step before is each sequence's, where it is not known yet.
-        rows: fill up with copies of the first row, which must be a single token, to this many. They are stored nowhere.
+        rows: fill up with copies of the first row, which must be like a single token's, to this many. They are stored
+            nowhere.
         items: into how many parts the contexts of single tokens are split, all together; at least one each.
         together: whether short chunks may be attended to together.
+        apart: whether every token of a chunk is a row like a single token's, with the same table.
     """
     ids: list[int] = []
     ranges, places, longs = [], [], []
@@ -120,7 +123,10 @@ def step_of(
         else:
             slots = np.array(table, np.int32)
             at = np.arange(start, end, dtype=np.int32)
-            longs.append(Long(len(ids), size, start, slots))
+            if apart:
+                tables += [table] * size
+            else:
+                longs.append(Long(len(ids), size, start, slots))
             ids += known
             ranges.append(at)
             places.append(slots[at // block] * block + at % block)
@@ -132,7 +138,7 @@ def step_of(
     for row, table in enumerate(tables):
         slots[row, : len(table)] = table
     slots[len(tables) :] = slots[:1]
-    positions = np.concatenate([*ranges, *[ranges[0]] * spare])
+    positions = np.concatenate([*ranges, *[ranges[0][:1]] * spare])
     alone, shorts = _bundle(longs, block) if together else (longs, [])
     return Step(
         ids=np.array(ids + ids[:1] * spare, np.int32),
