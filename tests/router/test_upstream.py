@@ -117,6 +117,68 @@ async def test_pieces_come_as_they_are_sent_and_leaving_closes() -> None:
         await server.closed.wait()
 
 
+async def pieces(writer: asyncio.StreamWriter, *said: bytes) -> None:
+    """Chunks of a reply, each on its way by itself."""
+    writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    for one in said:
+        writer.write(b"%x\r\n%b\r\n" % (len(one), one))
+        await writer.drain()
+        await asyncio.sleep(0.02)
+    writer.write(b"0\r\n\r\n")
+
+
+def all_of(whole: bytearray) -> Callable[[bytes], bool]:
+    """Takes every piece."""
+
+    def sink(piece: bytes) -> bool:
+        whole.extend(piece)
+        return True
+
+    return sink
+
+
+async def test_what_is_poured_goes_on_at_once_and_what_is_not_taken_is_read() -> None:
+    async def trickling(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await request_of(reader)
+            await pieces(writer, b"one", b"two", b"three", b"four", b"five")
+
+    taken: list[bytes] = []
+
+    def sink(piece: bytes) -> bool:
+        if len(taken) == 2:
+            return False
+        taken.append(piece)
+        return True
+
+    async with serving(trickling) as (server, upstream), asyncio.timeout(10):
+        async with upstream.post(server.url, "/", HEADERS, b"") as reply:
+            await reply.pour(sink)
+            assert taken == [b"one", b"two"]
+            assert await reply.read() == b"threefourfive"
+        async with upstream.post(server.url, "/", HEADERS, b"") as reply:
+            whole = bytearray()
+            await reply.pour(all_of(whole))
+            assert whole == b"onetwothreefourfive"
+            assert await reply.piece() == b""
+        assert server.connections == 1
+
+
+async def test_who_refuses_what_is_poured_breaks_the_connection() -> None:
+    async def trickling(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request_of(reader)
+        await pieces(writer, b"one", b"two")
+
+    def sink(piece: bytes) -> bool:
+        raise ConnectionError(f"{piece.decode()} is no such stream")
+
+    async with serving(trickling) as (server, upstream), asyncio.timeout(10):
+        async with upstream.post(server.url, "/", HEADERS, b"") as reply:
+            with pytest.raises(ConnectionError, match="one is no such stream"):
+                await reply.pour(sink)
+        await server.closed.wait()
+
+
 @pytest.mark.parametrize(
     ("reply", "words"),
     [

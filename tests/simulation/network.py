@@ -14,7 +14,7 @@ from multidict import CIMultiDict
 from starlette.types import ASGIApp, Message
 
 from tests.simulation.clock import Dice, Node
-from twostroke.api.alive import SIGN
+from twostroke.api.alive import AT_ONCE
 from twostroke.router.upstream import SILENCE, Silent
 
 LATENCY = 0.0005  # seconds
@@ -189,9 +189,13 @@ class Exchange:
     async def _serve(self, connection: Connection, app: ASGIApp) -> None:
         """As an HTTP server does, in the server's process."""
 
-        def sign(body: bytes) -> None:
-            """See ``twostroke.api.alive``."""
-            if not ended:
+        class Writer:
+            """See ``twostroke.api.alive.AtOnce``."""
+
+            def can_write(self) -> bool:
+                return not ended
+
+            def write_now(self, body: bytes) -> None:
                 part: Message = {"type": "http.response.body", "body": body, "more_body": True}
                 connection.tell(part if body else {"type": "interim"})
 
@@ -208,7 +212,7 @@ class Exchange:
             "headers": [(name.lower().encode(), value.encode()) for name, value in self._headers.items()],
             "server": (self._host, 80),
             "client": ("client", 1),
-            SIGN: sign,
+            AT_ONCE: Writer(),
         }
         said = False
 
@@ -257,6 +261,7 @@ class Reply:
         self._silence = silence
         self._silent = silent
         self._done = False
+        self._kept = b""  # what ``pour`` could not get rid of
         self.status = 0
         self.headers: CIMultiDict[str] = CIMultiDict()
         self.content = self
@@ -294,12 +299,22 @@ class Reply:
 
     async def piece(self) -> bytes:
         """The next bytes; empty at the end."""
+        if self._kept:
+            kept, self._kept = self._kept, b""
+            return kept
         while not self._done:
             message = await self._next()
             self._done = not message.get("more_body", False)
             if body := message.get("body"):
                 return bytes(body)
         return b""
+
+    async def pour(self, sink: Callable[[bytes], bool]) -> None:
+        """Pieces to ``sink`` while it takes them."""
+        while piece := await self.piece():
+            if not sink(piece):
+                self._kept = piece
+                return
 
     async def iter_any(self) -> AsyncIterator[bytes]:
         while not self._done:

@@ -7,7 +7,7 @@ empty frame. Only who asks for it by ``ALIVE_HEADER`` gets it, and only when the
 """
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,10 +15,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from twostroke.api.http import header
 from twostroke.messages import ALIVE_HEADER, ALIVE_SECONDS, JOURNAL_HEADER
 
-SIGN = "twostroke.sign"  # in the scope, of the HTTP server: writes a sign of life between two messages of the reply
+AT_ONCE = "twostroke.at_once"  # in the scope, of the HTTP server: see ``AtOnce``
 _FRAME = b":0 \n"
 _JOURNAL = JOURNAL_HEADER.encode()
-Write = Callable[[bytes], None]  # in the body these bytes, or, if there are none, an interim response
+
+
+class AtOnce(Protocol):
+    """Writes between two messages of a reply without waiting for anything."""
+
+    def can_write(self) -> bool:
+        """Whether the client reads fast enough, and the reply is not over."""
+        ...
+
+    def write_now(self, body: bytes) -> None:
+        """Where it can be written: these bytes of the body; if it has not begun, an interim response instead."""
+        ...
 
 
 class Alive:
@@ -28,11 +39,11 @@ class Alive:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write: Write | None = scope.get(SIGN)
-        if write is None or header(scope, ALIVE_HEADER) is None:
+        writer: AtOnce | None = scope.get(AT_ONCE)
+        if writer is None or header(scope, ALIVE_HEADER) is None:
             await self._app(scope, receive, send)
             return
-        signs = _Signs(send, write)
+        signs = _Signs(send, writer)
         try:
             await self._app(scope, receive, signs)
         finally:
@@ -42,9 +53,9 @@ class Alive:
 class _Signs:
     """Sends one reply. It looks twice in ``ALIVE_SECONDS``, so that a message costs it no look at the clock."""
 
-    def __init__(self, send: Send, write: Write) -> None:
+    def __init__(self, send: Send, writer: AtOnce) -> None:
         self._send = send
-        self._write = write
+        self._writer = writer
         self._sign: bytes | None = b""  # None: there is no place for one
         self._quiet = 0  # looks since something was said
         self._again()
@@ -68,7 +79,8 @@ class _Signs:
     def _look(self) -> None:
         self._quiet += 1
         if self._quiet >= 2 and self._sign is not None:
-            self._write(self._sign)
+            if self._writer.can_write():  # with its buffer full, the connection has something to say
+                self._writer.write_now(self._sign)
             self._quiet = 0
         self._again()
 
@@ -105,8 +117,8 @@ class _Joining:
             self._head = b""
 
 
-class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, which can also write signs of life, and joins writes."""
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which can also write at once (``AtOnce``), and joins writes."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the loop."""
@@ -116,13 +128,18 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Called by the parser."""
         super().on_message_begin()
-        self.scope[SIGN] = self._write_sign  # type: ignore[literal-required]
+        self.scope[AT_ONCE] = self  # type: ignore[literal-required]
 
-    def _write_sign(self, body: bytes) -> None:
+    def can_write(self) -> bool:
+        """See ``AtOnce``."""
         cycle = self.cycle
-        if cycle.disconnected or cycle.response_complete or self.transport.is_closing() or self.flow.write_paused:
-            return  # with its buffer full, the connection has something to say
-        if not cycle.response_started:
+        return not (
+            self.flow.write_paused or cycle.disconnected or cycle.response_complete or self.transport.is_closing()
+        )
+
+    def write_now(self, body: bytes) -> None:
+        """See ``AtOnce``."""
+        if not self.cycle.response_started:
             self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
-        elif cycle.chunked_encoding and body:
+        elif self.cycle.chunked_encoding and body:
             self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))

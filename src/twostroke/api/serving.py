@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from twostroke.api.alive import Protocol
+from twostroke.api.alive import HttpProtocol
 from twostroke.api.http import KEEP_ALIVE
 from twostroke.errors import PortInUse, StartupError
 
@@ -69,7 +69,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
-            http=Protocol,
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             interface="asgi3",

@@ -17,10 +17,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
+from twostroke.api.alive import AT_ONCE
 from twostroke.api.http import ClientGone, unless_gone
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.config import RouterConfig
@@ -116,7 +118,14 @@ class Relay:
             call = await read_call(scope, receive, self._max_body)
             hashes = chain(call.body, call.tenant) if self._rules.policy == "prefix-aware" else ()
             await self._serve(
-                _Trip(call, Reply(send, keeps=self._continues), place, self.line.number(), hashes), receive
+                _Trip(
+                    call,
+                    Reply(send, scope.get(AT_ONCE), keeps=self._continues),
+                    place,
+                    self.line.number(),
+                    hashes,
+                ),
+                receive,
             )
         finally:
             self.in_flight -= 1
@@ -295,7 +304,9 @@ class Relay:
             await reply.end_stream()
 
     async def _pass_on(self, trip: _Trip, hold: Hold, upstream: Exchange) -> None:
-        """An event stream goes on piece by piece; anything else once whole, so that a broken one can be retried."""
+        """An event stream goes on piece by piece, and once it has begun without a turn of the event loop where the
+        client reads fast enough; anything else once whole, so that a broken one can be retried.
+        """
         headers, reply = _relayed(upstream), trip.reply
         if not upstream.streams:
             body = await upstream.read()
@@ -310,6 +321,8 @@ class Relay:
             if part.events:
                 self._begun(trip, hold)
             await reply.stream(upstream.status, headers, part)
+            if reply.started:
+                await upstream.pour(partial(reply.pass_on, frames))
         frames.end()
         if not reply.started:
             raise ConnectionError("it answers with an empty stream")

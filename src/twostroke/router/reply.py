@@ -8,6 +8,7 @@ from typing import NamedTuple
 from msgspec import Struct
 from starlette.types import Receive, Scope, Send
 
+from twostroke.api.alive import AtOnce
 from twostroke.api.http import DONE, read_body
 from twostroke.errors import NoRoom, TooSlow, Unavailable
 from twostroke.messages import MAX_JOURNAL, REQUEST_ID_HEADER, TENANT_HEADER
@@ -126,10 +127,12 @@ class Frames:
         """
         if self._over:
             raise ConnectionError("its stream goes on after its end")
-        self._torn.add(piece)
-        if self._torn.size < self._needed:
-            return Part(b"", b"")
-        buffer = self._torn.take()
+        buffer = piece
+        if self._torn.size:
+            self._torn.add(piece)
+            if self._torn.size < self._needed:
+                return Part(b"", b"")
+            buffer = self._torn.take()
         start, events, lines = 0, b"", b""
         self._needed = 0
         while (head := buffer.find(b"\n", start) + 1) and buffer.startswith(b":", start):
@@ -151,7 +154,8 @@ class Frames:
             if _UNAVAILABLE in torn:
                 raise ConnectionError("it goes away")
             events, torn, self._done, self._over = events + torn, b"", True, True
-        self._torn.add(torn)
+        if torn:
+            self._torn.add(torn)
         return Part(events, lines)
 
     def end(self) -> None:
@@ -167,12 +171,15 @@ class Frames:
 class Reply:
     """The one reply to a request: ``started`` when the client has seen any of it, ``done`` when it has seen the end."""
 
-    def __init__(self, send: Send, *, keeps: bool) -> None:
-        """``keeps`` a journal, so that the answer can be continued."""
+    def __init__(self, send: Send, at_once: AtOnce | None, *, keeps: bool) -> None:
+        """``at_once``: the HTTP server's own way, if it has one. ``keeps`` a journal, so that the answer can be
+        continued.
+        """
         self.started = False
         self.done = False
         self.journal = bytearray()  # of what the client has seen, as far as the worker keeps one
         self._send = send
+        self._at_once = at_once
         self._keeps = keeps
 
     @property
@@ -192,13 +199,31 @@ class Reply:
         if not self.started:
             await self._start(status, headers)
         await self._send({"type": "http.response.body", "body": part.events, "more_body": True})
-        if self._keeps and len(self.journal) <= MAX_JOURNAL:
-            self.journal += part.lines
-        self.done = part.events.endswith(DONE)
+        self._seen(part)
+
+    def pass_on(self, frames: Frames, piece: bytes) -> bool:
+        """The same at once with what is whole with this piece of a stream that has begun. False if it has to wait; then
+        nothing has happened.
+
+        Raises:
+            ConnectionError: this is no such stream.
+        """
+        if self._at_once is None or not self._at_once.can_write():
+            return False
+        part = frames.feed(piece)
+        if part.events:
+            self._at_once.write_now(part.events)
+            self._seen(part)
+        return True
 
     async def end_stream(self) -> None:
         """The event stream ended as it should."""
         await self._send({"type": "http.response.body", "body": b""})
+
+    def _seen(self, part: Part) -> None:
+        if self._keeps and len(self.journal) <= MAX_JOURNAL:
+            self.journal += part.lines
+        self.done = part.events.endswith(DONE)
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         self.started = True

@@ -8,7 +8,7 @@ import asyncio
 import ssl
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import cast
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
+        self._watch = _Watch()
 
     def post(self, base: str, target: str, headers: Mapping[str, str], body: bytes) -> "Exchange":
         """Send ``body`` to ``base`` + ``target``; used with ``async with``, which gives the reply once it has begun.
@@ -61,7 +62,7 @@ class Upstream:
         secure = parts.scheme == "https"
         async with asyncio.timeout(CONNECT_SECONDS):
             _, connection = await asyncio.get_running_loop().create_connection(
-                _Connection,
+                lambda: _Connection(self._watch),
                 parts.hostname or "",
                 parts.port or (443 if secure else 80),
                 ssl=ssl.create_default_context() if secure else None,
@@ -109,6 +110,12 @@ class Exchange:
         """What has arrived, at least a byte; empty at the end."""
         return await self._connection.piece()
 
+    async def pour(self, sink: Callable[[bytes], bool]) -> None:
+        """Give pieces to ``sink`` as they arrive, without a turn of the event loop, until the reply ends or ``sink``
+        returns False: that piece, and those behind it, are for ``piece``. It may raise ``ConnectionError``.
+        """
+        await self._connection.pour(sink)
+
     async def read(self) -> bytes:
         """The rest of the reply."""
         pieces = []
@@ -135,10 +142,39 @@ class Exchange:
             self._connection.close()
 
 
+class _Watch:
+    """Looks after open connections, all in one turn of the event loop, as long as there are any."""
+
+    def __init__(self) -> None:
+        self._connections: set[_Connection] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, connection: "_Connection") -> None:
+        """It is open."""
+        self._connections.add(connection)
+        if self._timer is None:
+            self._later()
+
+    def remove(self, connection: "_Connection") -> None:
+        """It is closed."""
+        self._connections.remove(connection)
+
+    def _later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(SILENCE / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        for connection in list(self._connections):
+            connection.look()
+        if self._connections:
+            self._later()
+
+
 class _Connection(asyncio.Protocol):
     """One exchange after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
         self.status = 0
         self.headers: dict[str, str] = {}
         self.idle_since = 0.0
@@ -149,12 +185,12 @@ class _Connection(asyncio.Protocol):
         self._begun = False
         self._head_bytes = 0
         self._pieces: deque[bytes] = deque()
+        self._sink: Callable[[bytes], bool] | None = None
         self._unread = 0
         self._paused = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._quiet = 0  # looks in which somebody waited in vain
-        self._timer: asyncio.TimerHandle
 
     @property
     def spent(self) -> bool:
@@ -186,8 +222,36 @@ class _Connection(asyncio.Protocol):
         """See ``Exchange.piece``."""
         while not self._pieces and not self.over:
             await self._change()
-        if not self._pieces:
-            return b""
+        return self._taken() if self._pieces else b""
+
+    async def pour(self, sink: Callable[[bytes], bool]) -> None:
+        """See ``Exchange.pour``."""
+        self._sink = sink
+        try:
+            while True:
+                if self._pieces and not sink(data := self._taken()):
+                    self._keep(data)
+                if self._pieces or self.over:
+                    return
+                await self._change()
+        finally:
+            self._sink = None
+
+    def close(self) -> None:
+        """Also while the server is still answering: it sees us go."""
+        self.usable = False
+        self._transport.abort()
+
+    def _keep(self, data: bytes) -> None:
+        """It is read later."""
+        self._pieces.append(data)
+        self._unread += len(data)
+        if self._unread > _HIGH and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _taken(self) -> bytes:
+        """All that has arrived."""
         data = self._pieces.popleft() if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._unread = 0
@@ -196,22 +260,13 @@ class _Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    def close(self) -> None:
-        """Also while the server is still answering: it sees us go."""
-        self.usable = False
-        self._transport.abort()
-
-    def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(SILENCE / _LOOKS, self._look)
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """See ``_Watch``. It is given up when nothing came between one look and another for too many in a row."""
         self._quiet = self._quiet + 1 if self._waiter is not None else 0
-        if self._quiet < _LOOKS:
-            self._look_later()
-            return
-        self._error = Silent(f"its connection has been silent for {SILENCE:.0f} s")
-        self.close()
-        self._wake()
+        if self._quiet == _LOOKS:
+            self._error = Silent(f"its connection has been silent for {SILENCE:.0f} s")
+            self.close()
+            self._wake()
 
     async def _change(self) -> None:
         if self._error is not None:
@@ -232,11 +287,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
-        self._look_later()
+        self._watch.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.usable = False
-        self._timer.cancel()
+        self._watch.remove(self)
         if not self.over:
             self._error = self._error or ConnectionResetError(
                 "it broke off in the middle of its reply" if self._begun else "it closed the connection"
@@ -255,9 +310,10 @@ class _Connection(asyncio.Protocol):
             if not self._begun and self._head_bytes > _MAX_HEAD:
                 raise ConnectionError("the head of its reply is too long")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ConnectionError, ValueError) as error:
-            self._error = ConnectionError(f"its reply is not HTTP: {error}")
+            self._error = self._error or ConnectionError(f"its reply is not HTTP: {error}")
             self.close()
-        self._wake()
+        if self._sink is None or self._pieces or self.over or self._error is not None:
+            self._wake()
 
     # httptools
 
@@ -272,11 +328,14 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         """Called by the parser."""
-        self._pieces.append(data)
-        self._unread += len(data)
-        if self._unread > _HIGH and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if self._sink is not None and not self._pieces:
+            try:
+                if self._sink(data):
+                    return
+            except ConnectionError as error:
+                self._error = error
+                raise
+        self._keep(data)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
