@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -332,3 +333,14 @@ async def test_what_another_node_has_evicted_is_not_there(make: Make, tmp_path: 
     assert list(await one.contains(some)) == [True, False, True]
     assert one.usage().damaged == 0
     await one.close()
+
+
+async def test_a_host_tiers_threads_are_ready_when_it_opens() -> None:
+    ready: list[str] = []
+    tier = HostTier(BYTES, 8 * BYTES, prepare=lambda: ready.append(threading.current_thread().name))
+    await tier.open()
+    assert sorted(ready) == ["host-1", "host-2", "host-read-1", "host-read-2"]
+    some = keys(*range(5))
+    assert await tier.put(some, Given(some)) == await tier.get(some, Taken()) == 5
+    assert len(ready) == 4
+    await tier.close()
