@@ -137,9 +137,9 @@ async def test_workers_come_and_go_under_traffic(tmp_path: Path, model: Path) ->
         running.router()
         for place, (name, role) in enumerate({"p0": "prefill", "d0": "decode", "d1": "decode"}.items(), 1):
             running.worker(name, role, place)
-        running.worker("odd", "decode", 4, "--block-size", "8")
         async with aiohttp.ClientSession() as session:
             await running.ready(session, "p0", "d0", "d1")
+            running.worker("odd", "decode", 4, "--block-size", "8")  # only now: the first to join is right
             whole = await ask(session, running.router_url, LONG)
             assert whole[:100] == generate(model, PROMPT, 100)
 
