@@ -1,28 +1,35 @@
-"""What the hand-over costs over each link, on this CPU: one prefill and one decode worker of one thread each.
+"""What the hand-over costs over each link: one prefill and one decode worker, on this CPU with one thread each, or with
+``--shape`` on this machine's GPUs, with random weights.
 
 Fresh random prompts. "Exposed" is what the client waits for KV after prefill has ended. "Second token" is the gap after
-the first one, against the mean gap of those that follow. Time to first token is compared, over shared memory, with one
-of the same workers doing both phases, asked directly, in turn.
+the first one, against the mean gap of those that follow. Time to first token is compared, over the first link, with
+one of the same workers doing both phases, asked directly, in turn.
 
 In bfloat16, or float32 on a CPU that cannot multiply it: slow prefill would make the hand-over look fast.
 
-    python -m benchmarks.bench_handover [links] [repeats] [lengths]       for example: shm,tcp,nixl 3 1000,2000
+    python -m benchmarks.bench_handover [--links shm,tcp,nixl] [--repeats 3] [--lengths 1000,2000]
+    python -m benchmarks.bench_handover --shape Qwen2.5-7B
 """
 
+import argparse
 import asyncio
 import random
-import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import torch
 
 from benchmarks.common import Row, machine, report, row
 from benchmarks.servers import free_port, running
+from benchmarks.shapes import shape
 
-LENGTHS = (1000, 2000, 4000, 8000)  # tokens
-COMPARED = (100, 1000, 2000, 4000)  # with one worker that does both phases; over shared memory
+LENGTHS = "1000,2000,4000,8000"  # tokens
+LONG_LENGTHS = "8192,32768,50000"  # of GPUs
+COMPARED = (100, 1000, 2000, 4000)  # on a CPU, with one worker that does both phases
 OUTPUT = 24  # tokens
 _ids = random.Random(45)
 Json = Any
@@ -53,14 +60,22 @@ async def exposed(session: aiohttp.ClientSession, url: str, request_id: str, lin
     return detail["exposed_ms"] / 1e3, times["prefill-0", "prefill_ended"] - times["prefill-0", "prefill_started"]
 
 
-async def measure(router: str, link: str, dtype: str, lengths: Sequence[int], repeats: int) -> None:
+async def measure(
+    router: str,
+    link: str,
+    lengths: Sequence[int],
+    compared: Sequence[int],
+    repeats: int,
+    goal: str,
+    settings: Mapping[str, object],
+) -> None:
     """Each length, over one link. What is known is reported after each."""
     rows: list[Row] = []
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{router}/workers") as reply:
             colocated = next(worker["url"] for worker in await reply.json() if worker["id"] == "prefill-0")
-        compared = [tokens for tokens in COMPARED if tokens <= max(lengths)] if link == "shm" else []
-        await stream(session, router, 600, "warm-up")
+        for turn, tokens in enumerate((600, max(lengths))):
+            await stream(session, router, tokens, f"warm-up-{turn}")
         for tokens in sorted({*lengths, *compared}):
             through, direct, waits, prefills, gaps, steps = [], [], [], [], [], []
             for turn in range(repeats):
@@ -76,27 +91,39 @@ async def measure(router: str, link: str, dtype: str, lengths: Sequence[int], re
                     direct.append(1e3 * (await stream(session, colocated, tokens, f"{name}-direct"))[0])
             what = f"{link}, {tokens} tokens"
             if tokens in compared:
-                goal = "≤ 1.05" if tokens >= 1000 else ""
-                rows.append(row(f"TTFT, {what}", "ms", through, direct, "colocated, same threads", goal))
+                least = "≤ 1.05" if tokens >= 1000 else ""
+                rows.append(row(f"TTFT, {what}", "ms", through, direct, "the prefill worker alone", least))
             if tokens in lengths:
-                rows.append(row(f"exposed hand-over, {what}", "ms", waits, prefills, "its prefill", "≤ 0.05"))
+                rows.append(row(f"exposed hand-over, {what}", "ms", waits, prefills, "its prefill", goal))
                 rows.append(row(f"second token, {what}", "ms", gaps, steps, "TPOT of the others", "≤ 1.5"))
-            settings: dict[str, object] = {"dtype": dtype, "threads_per_worker": 1, "output_tokens": OUTPUT}
-            report(f"handover_{link}", rows, **settings, repeats=repeats)
+            report(f"handover_{link}", rows, **settings, output_tokens=OUTPUT, repeats=repeats)
 
 
 def main() -> None:
     """Start the system over each link and measure it."""
-    links = sys.argv[1].split(",") if len(sys.argv) > 1 else ["shm", "tcp", "nixl"]
-    repeats = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    lengths = [int(length) for length in sys.argv[3].split(",")] if len(sys.argv) > 3 else LENGTHS
-    dtype = "float32" if machine()["bf16"] == "none" else "bfloat16"
-    for link in links:
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        arguments = ["up", "--port", str(port), "--threads", "1", "--link", link, "--dtype", dtype]
-        with running(["twostroke", *arguments], f"{url}/ready"):
-            asyncio.run(measure(url, link, dtype, lengths, repeats))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", help="on GPUs: Qwen2.5-7B, Llama-3.1-8B or Qwen3-30B-A3B")
+    parser.add_argument("--links")
+    parser.add_argument("--lengths")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    lengths = [int(length) for length in (options.lengths or (LONG_LENGTHS if options.shape else LENGTHS)).split(",")]
+    links = (options.links or ("cuda-ipc,tcp" if options.shape else "shm,tcp,nixl")).split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape:
+            command = [str(shape(options.shape, Path(folder))), "--load-format", "dummy"]
+            settings: dict[str, object] = {"shape": options.shape, "device": torch.cuda.get_device_name()}
+            settings["gpus"], compared, goal = torch.cuda.device_count(), lengths, "≤ 0.01"
+        else:
+            dtype = "float32" if machine()["bf16"] == "none" else "bfloat16"
+            command, settings = ["--threads", "1", "--dtype", dtype], {"dtype": dtype, "threads_per_worker": 1}
+            compared, goal = [tokens for tokens in COMPARED if tokens <= max(lengths)], "≤ 0.05"
+        for link in links:
+            port = free_port()
+            url = f"http://127.0.0.1:{port}"
+            with running(["twostroke", "up", *command, "--port", str(port), "--link", link], f"{url}/ready"):
+                alone = compared if link == links[0] else []
+                asyncio.run(measure(url, link, lengths, alone, options.repeats, goal, settings))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "head_dim": 128,
-        "max_position_embeddings": 40960,
+        "max_position_embeddings": 65536,  # more than published
         "attention_bias": False,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,

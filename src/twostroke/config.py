@@ -133,9 +133,11 @@ class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     api_keys: tuple[str, ...] = ()  # of clients; none is no check
     lease_seconds: float = 30.0  # a lease that nobody renews ends after this
     handover_timeout: float = 2.5  # silence from the producer after which the consumer computes for itself
-    progress_timeout: float = 120.0  # the same for a producer that says it is there, and publishes nothing new
+    progress_timeout: float = 120.0  # without a step, an engine with something to do no longer counts as at work
     attach_timeout: float = 5.0  # how long either end waits for the other to appear
-    queue_timeout: float = 600.0  # a request that has no slots by then gets 429
+    queue_timeout: float = (
+        600.0  # a request that has no slots by then gets 429; nor is anything new of it awaited longer
+    )
     max_queue: int = 1024  # waiting requests, above which new ones get 429
     max_body: int = 16 << 20  # bytes
     routers: tuple[str, ...] = ()  # URLs of routers to join

@@ -55,11 +55,13 @@ def test_presets_and_what_changes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = asked(
         monkeypatch, "m", "--input-lens", "10,20", "--num-prompts", "3", "--request-rate", "1,inf", "--mode", "all",
         "--goodput", "ttft:2000", "tpot:40", "--rate-sweep", "--warm", "--repeat", "2", "--seed", "1",
+        "--prompt-tokens", "40",
         "--up", "--dtype float32",
     )  # fmt: skip
     assert (settings.model, settings.grid.input_lens, settings.grid.num_prompts) == ("m", (10, 20), 3)
     assert (settings.rates, settings.modes) == ((1, float("inf")), ("prefill-only", "decode-only", "pd"))
     assert (settings.goal, settings.sweep, settings.cold) == ({"ttft": 2000, "tpot": 40}, True, False)
+    assert settings.grid.prompt_tokens == 40
     assert (settings.repeats, settings.grid.seed, settings.up) == (2, 1, "--dtype float32")
 
 

@@ -181,6 +181,8 @@ def test_the_same_results_make_the_same_page() -> None:
 def test_what_was_sent_in_words() -> None:
     assert _sent(Settings()) == "160 random prompts a run, 10 tokens an answer"
     assert _sent(Settings(chat=Chat())) == "6 conversations of 4 turns, 24 tokens an answer"
+    bounded = replace(Settings().grid, prompt_tokens=5000)
+    assert _sent(Settings(grid=bounded)).startswith("160 random prompts (of at most 5,000 tokens together) a run")
     settings = Settings(trace="/data/t.jsonl", grid=Grid(num_prompts=MAX_TRACE), trace_scale=0.5)
     assert _sent(settings) == "all requests of the trace t.jsonl, lengths times 0.5"
     assert _sent(replace(settings, grid=Grid(num_prompts=5))).startswith("at most 5 requests of the trace")

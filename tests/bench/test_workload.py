@@ -32,6 +32,12 @@ def test_token_ids_never_change() -> None:
     assert [len(item.prompt) for item in items] == [100] * 8
 
 
+def test_long_prompts_are_fewer_where_their_tokens_are_bounded() -> None:
+    grid = replace(REFERENCE, prompt_tokens=5000)
+    counts = [len(workload.random_prompts(grid, length, 1000)) for length in (10, 100, 1000, 50_000)]
+    assert counts == [160, 50, 5, 1]
+
+
 def test_lengths_have_seeds_of_their_own() -> None:
     short, long = (workload.random_prompts(QUICK, n, 49_152)[0].prompt for n in (100, 500))
     assert short != long[:100]

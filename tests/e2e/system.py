@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+import torch
 
 from tests.e2e.ports import free_ports
 
@@ -171,7 +172,8 @@ def launch(
     own: Mapping[str, Sequence[str]] | None = None,
     front: Callable[[Process], str] = lambda process: process.url,
 ) -> Iterator[System]:
-    """Start a worker for each name → role and a router over them; nothing of it is left at the end.
+    """Start a worker for each name → role and a router over them; nothing of it is left at the end. As with ``up``,
+    each GPU of this machine is used in turn, unless a device is named.
 
     Args:
         own: more options, of one worker each.
@@ -186,9 +188,12 @@ def launch(
 
     try:
         arguments = []
-        for (name, role), port in zip(roles.items(), ports, strict=False):
+        gpus = torch.cuda.device_count()
+        for nth, ((name, role), port) in enumerate(zip(roles.items(), ports, strict=False)):
             worker = ["serve", *([str(model)] if model else []), "--role", role, "--name", name, "--threads", "1"]
             worker += [*engine, *(own or {}).get(name, ())]
+            if gpus and "--device" not in worker:
+                worker += ["--device", f"cuda:{nth % gpus}"]
             if "--kv-memory" not in worker:  # or one would take all of a GPU's memory; and pages take time to make
                 worker += ["--kv-memory", "64MiB" if model else "1GiB"]
             system.workers[name] = start(name, port, worker)

@@ -140,6 +140,7 @@ class World:
             attach_timeout=CONFIG.attach_timeout,
             queue_timeout=CONFIG.queue_timeout,
             heartbeat=CONFIG.handover_timeout / 4,
+            progress_timeout=CONFIG.progress_timeout,
         )
         worker._state = "ready"
         app = build_app(worker, worker.lifecycle, max_body=1 << 20, routes=internal_routes(worker, ""))

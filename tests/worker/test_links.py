@@ -58,7 +58,9 @@ class Ends:
 
     def __init__(self, p: Rig, d: Rig, pools: tuple[PoolAddress, ...], links: Sequence[Link]) -> None:
         self.p, self.d, self.links = p, d, links
-        self.producer = Producer(p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60)
+        self.producer = Producer(
+            p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60, progress_timeout=60
+        )
         self.lifecycle = Lifecycle("d")
         self.failures = Failures()
 
@@ -274,7 +276,9 @@ async def test_whoever_listens_everywhere_is_found_where_it_was_reached(rigs: Ri
     _, p, _ = rigs
     everywhere = msgspec.structs.replace(p.memory.address, memory=TcpEndpoint("0.0.0.0", 7))
     pools = (p.memory.address, everywhere)
-    producer = Producer(p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60)
+    producer = Producer(
+        p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60, progress_timeout=60
+    )
     events = producer.attach(Attach("h/0", 0, p.model.layout.fingerprint, 0, "a prompt"), "10.1.2.3")
     opened = await anext(events)
     assert isinstance(opened, Opened)
@@ -285,7 +289,9 @@ async def test_whoever_listens_everywhere_is_found_where_it_was_reached(rigs: Ri
 async def test_only_what_a_hand_over_exports_now(rigs: Rigs) -> None:
     _, p, _ = rigs
     pools = (p.memory.address,)
-    producer = Producer(p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60)
+    producer = Producer(
+        p.engine, pools, lease_seconds=60, attach_timeout=60, queue_timeout=60, heartbeat=60, progress_timeout=60
+    )
     async with aclosing(producer.produce(request(PROMPT, 1), "h/0", 2)) as updates:
         async for _ in updates:
             lease = producer.exported("h/0", 2)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from collections.abc import Sequence as Seq
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +41,15 @@ LONG = 60.0  # seconds: a test that waits so long fails
 class Stage:
     """A producer and its engine."""
 
-    def __init__(self, rig: Rig, *, lease_seconds: float, attach_timeout: float, heartbeat: float) -> None:
+    def __init__(
+        self, rig: Rig, *, lease_seconds: float, attach_timeout: float, heartbeat: float, progress: float
+    ) -> None:
         self.rig = rig
         self.instance = rig.memory.address.instance
         self.producer = Producer(
             rig.engine, (rig.memory.address,), lease_seconds=lease_seconds, attach_timeout=attach_timeout,
             queue_timeout=60.0,
-            heartbeat=heartbeat,
+            heartbeat=heartbeat, progress_timeout=progress,
         )  # fmt: skip
 
     def produce(self, prompt: list[int] = PROMPT, attempt: int = 0) -> AsyncGenerator[tuple[Job, Update], None]:
@@ -93,11 +95,14 @@ async def staged(
     lease_seconds: float = LONG,
     attach_timeout: float = LONG,
     heartbeat: float = LONG,
+    progress: float = LONG,
     depth: int = 1,
 ) -> AsyncIterator[Stage]:
     """``running`` checks the account at the end; no hand-over may be open then either."""
     async with running(directory, budget=16, depth=depth) as rig:
-        stage = Stage(rig, lease_seconds=lease_seconds, attach_timeout=attach_timeout, heartbeat=heartbeat)
+        stage = Stage(
+            rig, lease_seconds=lease_seconds, attach_timeout=attach_timeout, heartbeat=heartbeat, progress=progress
+        )
         yield stage
         assert stage.producer.open == 0
 
@@ -245,6 +250,22 @@ async def test_a_silent_prefill_shows_that_it_lives(llama: Path) -> None:
                 pass
         await computing
         assert stage.confirm(3, release=True)
+
+
+async def test_an_engine_that_is_stuck_does_not_count_as_alive(llama: Path) -> None:
+    async with staged(llama, heartbeat=0.01, progress=0.1) as stage:
+        go = slowed(stage.rig)
+        computing = asyncio.create_task(stage.produced())
+        async with aclosing(stage.attach()) as events:
+            signs = 0
+            with suppress(TimeoutError):
+                while signs < 100:
+                    async with asyncio.timeout(2.0):
+                        signs += isinstance(await anext(events), Alive)
+            assert signs < 100, "it goes on"
+        go.set()
+        with suppress(HandoverFailed):
+            await computing
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class LoadOptions:
 
     num_prompts: int | None = None
     "Requests of a run; of a trace, at most so many. [default: the preset's; a trace whole]"
+    prompt_tokens: int | None = None
+    "At most so many in a run: fewer prompts where they are long."
     request_rate: str | None = None
     "Requests a second: 4, or for run 1,2,4; inf is all at once."
     burstiness: float | None = None
@@ -61,13 +63,14 @@ class LoadOptions:
         changes = {
             "input_lens": input_lens,
             "num_prompts": self.num_prompts or (workload.MAX_TRACE if self.trace else None),
+            "prompt_tokens": self.prompt_tokens,
             "output_len": self.output_len,
             "burstiness": self.burstiness,
             "seed": self.seed,
             "request_rate": rates[0],
         }
         grid = replace(base, **{name: value for name, value in changes.items() if value is not None})
-        if min(*grid.input_lens, grid.num_prompts, grid.output_len) < 1:
+        if min(*grid.input_lens, grid.num_prompts, grid.output_len, grid.prompt_tokens or 1) < 1:
             raise StartupError("lengths and numbers of requests must be above 0")
         if not self.timeout > 0 or not self.trace_scale > 0:
             raise StartupError("--timeout and --trace-scale must be above 0")

@@ -109,7 +109,8 @@ def _sent(settings: Settings) -> str:
         return f"{most} of the trace {Path(settings.trace).name}, lengths times {settings.trace_scale:g}"
     if chat is not None:
         return f"{chat.conversations} conversations of {chat.turns} turns, {chat.output_len} tokens an answer"
-    return f"{grid.num_prompts} random prompts a run, {grid.output_len} tokens an answer"
+    most = f" (of at most {grid.prompt_tokens:,} tokens together)" if grid.prompt_tokens else ""
+    return f"{grid.num_prompts} random prompts{most} a run, {grid.output_len} tokens an answer"
 
 
 def _ratio_table(page: Page, found: Sequence[Group], base: str) -> None:

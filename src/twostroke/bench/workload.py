@@ -35,9 +35,14 @@ class Grid(Struct, frozen=True, forbid_unknown_fields=True):
     input_lens: tuple[int, ...] = (100, 1000, 10_000, 20_000, 50_000)
     output_len: int = 10
     num_prompts: int = 160
+    prompt_tokens: int | None = None  # of a run at most: of long prompts there are fewer then
     request_rate: float = 128.0  # requests a second; inf sends all at once
     burstiness: float = 1.0  # 1 is Poisson; less is burstier, more is more even
     seed: int = 45
+
+    def count(self, length: int) -> int:
+        """How many prompts of this length a run has."""
+        return min(self.num_prompts, max(1, (self.prompt_tokens or self.num_prompts * length) // length))
 
 
 class Chat(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,9 +93,10 @@ def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[floa
 def random_prompts(grid: Grid, length: int, vocab: int) -> list[Item]:
     """The grid's requests of one length: no two share a prefix, but by chance."""
     seed = derive(grid.seed, length)
-    ids = tokens(seed, grid.num_prompts * length, vocab)
-    times = arrivals(grid.num_prompts, grid.request_rate, grid.burstiness, derive(seed, "arrivals"))
-    prompts = [ids[i * length : (i + 1) * length] for i in range(grid.num_prompts)]
+    count = grid.count(length)
+    ids = tokens(seed, count * length, vocab)
+    times = arrivals(count, grid.request_rate, grid.burstiness, derive(seed, "arrivals"))
+    prompts = [ids[i * length : (i + 1) * length] for i in range(count)]
     return [Item(prompt, grid.output_len, at) for prompt, at in zip(prompts, times, strict=True)]
 
 

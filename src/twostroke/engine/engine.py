@@ -227,6 +227,11 @@ class Engine:
             )
 
     @property
+    def stepped(self) -> float:
+        """When the last step ended, monotonic; 0 before the first."""
+        return self._ended
+
+    @property
     def speed(self) -> float:
         """KV bytes that this engine computes a second when it does nothing but prefill; 0 while that is unknown."""
         return self._speed * self.model.layout.token_bytes

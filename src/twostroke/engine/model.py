@@ -51,6 +51,8 @@ class Model:
         self.device = _device(device)
         self.threads = threads or torch.get_num_threads()
         on_gpu = self.device.type == "cuda"
+        if on_gpu:  # pinned memory is of the current device, and a worker shall be on no other
+            torch.cuda.set_device(self.device)
         try:  # one of them alone: Triton is only where a GPU is
             kind = import_module("twostroke.engine.cuda" if on_gpu else "twostroke.engine.cpu")
         except ImportError as error:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from cuda.bindings import runtime
 
 from twostroke.errors import HandoverFailed
+from twostroke.kv.cuda_copies import addresses, copy
 from twostroke.kv.cuda_memory import PeerPool, call, current, map_peer, releasing, unmap
 from twostroke.kv.pool import Slot
 from twostroke.links.copying import CopyingLink, runs
@@ -42,13 +44,12 @@ class CudaIpcLink(CopyingLink[PeerPool]):
 
     def _copy(self, source: PeerPool, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
         assert all(0 <= slot < len(self._own) for slot in local), "we copy into our own slots"
-        kind, size = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self._block_bytes
-        own = self._own.data_ptr()
+        size = self._block_bytes
+        theirs, ours, counts = zip(*runs(remote, local), strict=True)
+        targets, origins = addresses(self._own.data_ptr(), ours, size), addresses(source.slots, theirs, size)
         try:
             try:
-                for theirs, ours, count in runs(remote, local):
-                    target, origin = own + ours * size, source.slots + theirs * size
-                    call(runtime.cudaMemcpyAsync(target, origin, count * size, kind, self._stream))
+                copy(targets, origins, np.array(counts, np.uint64) * np.uint64(size), int(self._stream))
             finally:
                 call(runtime.cudaStreamSynchronize(self._stream))  # releases the GIL
         except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from cuda.bindings import runtime
 
+from twostroke.kv.cuda_copies import Addresses, addresses, copy
 from twostroke.kv.cuda_digest import Digests
 from twostroke.kv.cuda_memory import call
 from twostroke.kv.memory import Bytes
@@ -24,14 +26,13 @@ class CudaStaging:
         call(runtime.cudaSetDevice(slots.device.index))
         self._stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
         self._own = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
+        self._own_address = addresses(self._own.data_ptr(), [0], self._size)
+        self._sizes = np.full(Digests.MOST, self._size, np.uint64)
         self._digests: Digests | None = None  # links do without
-        self._attributes = runtime.cudaMemcpyAttributes()
-        self._attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
-        self._attributes.flags = int(runtime.cudaMemcpyFlags.cudaMemcpyFlagPreferOverlapWithCompute)
 
     def load(self, slot: Slot) -> memoryview:
         """See ``Staging.load``."""
-        self._copy([self._own.data_ptr()], [self._at(slot)])
+        self._copy(self._own_address, self._at([slot]))
         self._stream.synchronize()
         return self.space(slot)
 
@@ -42,42 +43,39 @@ class CudaStaging:
 
     def store(self, slot: Slot) -> None:
         """See ``Staging.store``."""
-        self._copy([self._at(slot)], [self._own.data_ptr()])
+        self._copy(self._at([slot]), self._own_address)
         self._stream.synchronize()
 
     def read(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.read``."""
-        return self._move(slots, self._addresses(memory, places), inwards=False)
+        return self._move(slots, self._places(memory, places), inwards=False)
 
     def write(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.write``."""
-        return self._move(slots, self._addresses(memory, places), inwards=True)
+        return self._move(slots, self._places(memory, places), inwards=True)
 
-    def _at(self, slot: Slot) -> int:
-        return self._slots.data_ptr() + slot * self._size
+    def _at(self, slots: Sequence[Slot]) -> Addresses:
+        return addresses(self._slots.data_ptr(), slots, self._size)
 
-    def _addresses(self, memory: Bytes, places: Sequence[int]) -> list[int]:
+    def _places(self, memory: Bytes, places: Sequence[int]) -> Addresses:
         assert memory.shape[1] == self._size, "a place is as large as a slot"
         assert memory.flags.c_contiguous, "places lie one behind the other"
-        base = memory.ctypes.data
-        return [base + place * self._size for place in places]
+        return addresses(memory.ctypes.data, places, self._size)
 
-    def _copy(self, targets: list[int], sources: list[int]) -> None:
-        """Start copying whole blocks. ``RuntimeError`` if the GPU fails."""
-        count, stream = len(targets), self._stream.cuda_stream
-        sizes = [self._size] * count
-        call(runtime.cudaMemcpyBatchAsync(targets, sources, sizes, count, [self._attributes], [0], 1, stream))
+    def _copy(self, targets: Addresses, sources: Addresses) -> None:
+        """Start copying whole blocks, at most ``Digests.MOST``. ``RuntimeError`` if the GPU fails."""
+        copy(targets, sources, self._sizes[: len(targets)], self._stream.cuda_stream)
 
-    def _move(self, slots: Sequence[Slot], hosts: list[int], *, inwards: bool) -> list[bytes]:
+    def _move(self, slots: Sequence[Slot], hosts: Addresses, *, inwards: bool) -> list[bytes]:
         """Copy between slots and addresses in host memory; digests of what the slots have then. ``RuntimeError`` if the
         GPU fails; nothing is under way then.
         """
         if self._digests is None:
             self._digests = Digests(self._slots)
-        base, digests = self._slots.data_ptr(), list[bytes]()
+        digests = list[bytes]()
         for first in range(0, len(slots), Digests.MOST):
             some = slots[first : first + Digests.MOST]
-            ours, theirs = [base + slot * self._size for slot in some], hosts[first : first + Digests.MOST]
+            ours, theirs = self._at(some), hosts[first : first + Digests.MOST]
             try:
                 with torch.cuda.stream(self._stream):
                     self._copy(ours, theirs) if inwards else self._copy(theirs, ours)

@@ -25,7 +25,8 @@ from twostroke.worker.tasks import end
 
 log = logging.getLogger(__name__)
 _TRIAL_BLOCKS = 4  # loaded from a tier of unknown speed before anything else is decided
-_POLL_SECONDS = 0.005  # between looks at what a producer has written
+_POLL_SECONDS = (0.005, 0.25)  # between looks at what a producer has written: at least, at most
+_POLL_SHARE = 0.02  # of the time since it last wrote something: prompts that wait in its queue ask seldom
 _LEAST_PATIENCE = 0.5  # seconds that a load may take, however fast computing would be
 
 
@@ -332,7 +333,7 @@ class Offload:
             if reason:
                 self._lifecycle.stamp(load.job.sequence.request.id, "fallback", reason=reason)
                 break
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(min(max(_POLL_SECONDS[0], _POLL_SHARE * (now - quiet)), _POLL_SECONDS[1]))
 
     def _stamp(self, load: _Load) -> None:
         loaded = load.have - load.first

@@ -1,6 +1,7 @@
 """The producer's end of hand-overs: drives the pure machine with what the router, the engine and consumers do."""
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 
@@ -140,14 +141,18 @@ class Producer:
         attach_timeout: float,
         queue_timeout: float,
         heartbeat: float,
+        progress_timeout: float,
     ) -> None:
-        """``pools``: every way in which our one pool can be read."""
+        """``pools``: every way in which our one pool can be read. After ``progress_timeout`` seconds without a step the
+        engine counts as stuck, and consumers get no more signs of life.
+        """
         self._engine = engine
         self._pools = pools
         self._lease_seconds = lease_seconds
         self._attach_timeout = attach_timeout
         self._queue_timeout = queue_timeout
         self._heartbeat = heartbeat
+        self._progress_timeout = progress_timeout
         self._exports: dict[str, Export] = {}
         self._over: OrderedDict[tuple[str, int], str] = (
             OrderedDict()
@@ -275,7 +280,7 @@ class Producer:
 
     async def _events(self, export: Export, sent: int) -> AsyncGenerator[Event, None]:
         """What happens to an export. The first token goes before the last blocks: it must not wait for them."""
-        sampled = False
+        sampled, begun = False, time.monotonic()
         while export.open:
             if export.first is not None and not sampled:
                 sampled = True
@@ -289,7 +294,8 @@ class Producer:
                 async with asyncio.timeout(self._heartbeat):
                     await export.changed.wait()
             except TimeoutError:
-                yield Alive()
+                if time.monotonic() - max(begun, self._engine.stepped) < self._progress_timeout:
+                    yield Alive()
             export.changed.clear()
         yield Ended(None if sampled else export.error or "the producer gave up waiting for the request")
 

@@ -116,6 +116,7 @@ class Worker:
             attach_timeout=self._config.attach_timeout,
             queue_timeout=self._config.queue_timeout,
             heartbeat=self._config.handover_timeout / 4,
+            progress_timeout=self._config.progress_timeout,
         )
         loaded.serve(self.producer.exported)
         self._loaded = loaded
@@ -348,7 +349,7 @@ class Worker:
             engine=loaded.engine,
             links=loaded.links,
             peer=self._peer(ticket),
-            patience=self._config.progress_timeout,
+            patience=self._config.queue_timeout,
             # P did not know how many tokens D wants at least, so it may have sampled an end that D must not take.
             takes_first=ticket.same_body or not request.sampling.min_tokens,
             lifecycle=self.lifecycle,
@@ -371,7 +372,7 @@ class Worker:
             return await self._offload.prepare(request, self._config.queue_timeout)
         silence = self._config.handover_timeout
         peer, message = self._peer(ticket), Writing(_handover(request, ticket), ticket.attempt)
-        writer = Writer(lambda: peer.writing(message), silence, _PATIENCE * silence, self._config.progress_timeout)
+        writer = Writer(lambda: peer.writing(message), silence, _PATIENCE * silence, self._config.queue_timeout)
         return self._offload.follow(request, writer)
 
     def _peer(self, ticket: Ticket) -> Peer:
