@@ -52,11 +52,13 @@ def test_a_stand_in_maps_bytes(text: str) -> None:
     assert stand_in.decode(stand_in.encode(text)) == text
 
 
-def test_every_token_of_a_stand_in_has_its_byte_and_others_have_none() -> None:
-    stand_in = Tokenizer.of_bytes()
+def test_every_token_of_a_stand_in_has_its_byte_or_its_number() -> None:
+    stand_in = Tokenizer.of_bytes(300)
     assert b"".join(map(stand_in.token_bytes, range(256))) == bytes(range(256))
-    assert stand_in.decode([256, 104, 151_645, 105]) == "hi"
-    assert (stand_in.piece(256), stand_in.token_bytes(256)) == ("", b"")
+    assert stand_in.decode([256, 104, 299, 105]) == "<256>h<299>i"
+    assert stand_in.encode("<256>") == list(b"<256>")
+    assert (stand_in.piece(256), stand_in.token_bytes(256)) == ("<256>", b"<256>")
+    assert (stand_in.piece(300), stand_in.token_bytes(300)) == ("", b"")
     assert stand_in.special_ids == frozenset()
 
 

@@ -46,11 +46,11 @@ class Tokenizer:
         return cls(hf)
 
     @classmethod
-    def of_bytes(cls) -> "Tokenizer":
-        """A stand-in for a model without a tokenizer: token ids are bytes, other ids have no text."""
+    def of_bytes(cls, vocab_size: int = 256) -> "Tokenizer":
+        """A stand-in for a model without a tokenizer: token ids are bytes, other ids are shown as ``<id>``."""
         from transformers import PreTrainedTokenizerFast
 
-        rust = tokenizers.Tokenizer(BPE(vocab=_byte_alphabet(), merges=[]))
+        rust = tokenizers.Tokenizer(BPE(vocab=_byte_alphabet() | {f"<{i}>": i for i in range(256, vocab_size)}, merges=[]))
         rust.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
         rust.decoder = decoders.ByteLevel()
         return cls(PreTrainedTokenizerFast(tokenizer_object=rust, chat_template=_PLAIN_CHAT))

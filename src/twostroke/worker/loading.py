@@ -100,7 +100,7 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
         threads=settings.threads,
         load_format=settings.load_format,
     )
-    tokenizer = Tokenizer.load(directory) if models.has_tokenizer(directory) else Tokenizer.of_bytes()
+    tokenizer = Tokenizer.load(directory) if models.has_tokenizer(directory) else Tokenizer.of_bytes(model.vocab_size)
     token_budget = settings.token_budget or TOKEN_BUDGET[model.device.type]
     limits = Limits(settings.max_batch, token_budget, settings.max_model_len or model.max_position)
     num_slots = _pool_bytes(settings, model, limits, say) // model.layout.block_bytes
