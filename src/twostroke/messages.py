@@ -28,6 +28,7 @@ Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 REQUEST_ID_HEADER = "x-request-id"
 TICKET_HEADER = "x-twostroke-handover"
 JOURNAL_HEADER = "x-twostroke-journal"
+ATTEMPT_HEADER = "x-twostroke-attempt"  # of an abort: it means this attempt of the request alone
 ALIVE_HEADER = "x-twostroke-alive"  # of a request: who sends it wants signs of life, and understands them
 ALIVE_SECONDS = 1.0  # of saying nothing, after which there is one
 TENANT_HEADER = "x-twostroke-tenant"  # the salt of requests that name none; believed with the secret
@@ -286,6 +287,7 @@ class Journal(Struct, frozen=True, forbid_unknown_fields=True):
 
     size: Annotated[int, Meta(ge=0, le=MAX_JOURNAL)]  # bytes of the journal so far
     created: Annotated[int, Meta(ge=0, le=2**53)]  # unix seconds: when the answer says that it was created
+    attempt: Count = 0  # of the request, by the router
 
 
 class Sent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -50,7 +50,9 @@ class Tokenizer:
         """A stand-in for a model without a tokenizer: token ids are bytes, other ids are shown as ``<id>``."""
         from transformers import PreTrainedTokenizerFast
 
-        rust = tokenizers.Tokenizer(BPE(vocab=_byte_alphabet() | {f"<{i}>": i for i in range(256, vocab_size)}, merges=[]))
+        rust = tokenizers.Tokenizer(
+            BPE(vocab=_byte_alphabet() | {f"<{i}>": i for i in range(256, vocab_size)}, merges=[])
+        )
         rust.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
         rust.decoder = decoders.ByteLevel()
         return cls(PreTrainedTokenizerFast(tokenizer_object=rust, chat_template=_PLAIN_CHAT))

@@ -60,7 +60,7 @@ class ScriptedService:
         self.open = 0
         self.opened: asyncio.Queue[str] = asyncio.Queue()  # request ids, as their generators start
         self.closed = asyncio.Event()  # set when no generator is open any more
-        self._aborts: dict[str, asyncio.Event] = {}
+        self._aborts: dict[int, asyncio.Event] = {}  # by the very request
         self._card = card
 
     def card(self) -> ModelCard:
@@ -101,19 +101,19 @@ class ScriptedService:
         self.tickets.append(ticket)
         return [Output([self._token(self.script[0], request.sampling.logprobs)], "length") for request in requests]
 
-    def abort(self, http_id: str) -> bool:
-        self._aborts.setdefault(http_id, asyncio.Event()).set()
-        return True
+    def abort(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._aborts.setdefault(id(request), asyncio.Event()).set()
 
     def _aborted(self, request: Request) -> bool:
-        return request.http_id in self._aborts and self._aborts[request.http_id].is_set()
+        return id(request) in self._aborts and self._aborts[id(request)].is_set()
 
     async def _step(self, count: int, request: Request) -> None:
         await asyncio.sleep(0)
         if count == self.fail_after:
             raise self.error
         if count == self.hang_after:
-            await self._aborts.setdefault(request.http_id, asyncio.Event()).wait()
+            await self._aborts.setdefault(id(request), asyncio.Event()).wait()
 
     def _outputs(self, request: Request) -> list[Output]:
         sampling = request.sampling

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from itertools import pairwise
 
 import aiohttp
@@ -14,6 +15,7 @@ import pytest
 from tests.api.conftest import MAX_BODY, Running, ScriptedService, running
 from twostroke.errors import EngineFailed, Overloaded
 from twostroke.messages import (
+    ATTEMPT_HEADER,
     JOURNAL_HEADER,
     REQUEST_ID_HEADER,
     SECRET_HEADER,
@@ -174,6 +176,33 @@ async def test_abort_by_rid(server: Running) -> None:
             assert aborted.status == 200
         *_, last, _ = await events(response)
     assert json.loads(last)["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+async def test_an_abort_of_our_router_ends_one_attempt(server: Running) -> None:
+    """The next one may have come to the same worker before it."""
+    server.service.hang_after = 1
+    body = {"text": HELLO, "rid": "mine", "stream": True}
+    async with AsyncExitStack() as stack:
+        first, second = [
+            await stack.enter_async_context(
+                server.http.post(
+                    f"{server.url}/generate",
+                    json=body,
+                    headers={REQUEST_ID_HEADER: "one", JOURNAL_HEADER: encode(Journal(0, 1, attempt)).decode()},
+                )
+            )
+            for attempt in range(2)
+        ]
+        for stream in (first, second):
+            await stream.content.readuntil(b"\n\n")
+        url, mine, only = f"{server.url}/abort_request", {"rid": "mine"}, {ATTEMPT_HEADER: "0"}
+        async with server.http.post(url, json=mine, headers=only) as aborted:
+            assert aborted.status == 200
+        assert b'"abort"' in await asyncio.wait_for(first.read(), WAIT)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(second.content.readuntil(b"abort"), 0.2)
+        async with server.http.post(url, json=mine):
+            assert b'"abort"' in await asyncio.wait_for(second.read(), WAIT)
 
 
 async def test_sglang_information(server: Running) -> None:

@@ -130,7 +130,7 @@ def test_names() -> None:
 
 @given(pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=20))
 def test_runs_are_the_pairs_in_order(pairs: list[tuple[int, int]]) -> None:
-    copies = list(runs([theirs for theirs, _ in pairs], [ours for _, ours in pairs]))
+    copies = runs([theirs for theirs, _ in pairs], [ours for _, ours in pairs]).listed()
     assert [(theirs + i, ours + i) for theirs, ours, count in copies for i in range(count)] == pairs
     ends = [(theirs + count, ours + count) for theirs, ours, count in copies]
     assert all(end != following[:2] for end, following in zip(ends, copies[1:], strict=False)), "none could be longer"

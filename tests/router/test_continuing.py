@@ -11,7 +11,7 @@ from tests.router.scripted import STREAM, Answer, ScriptedWorker, Seen, System, 
 from twostroke.api.http import DONE, error_object
 from twostroke.api.server import Timeline
 from twostroke.errors import EngineFailed, Unavailable
-from twostroke.messages import ALIVE_HEADER, JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal
+from twostroke.messages import ALIVE_HEADER, ATTEMPT_HEADER, JOURNAL_HEADER, SECRET_HEADER, TICKET_HEADER, Journal
 from twostroke.router import registry as registries
 from twostroke.router import upstream as upstreams
 from twostroke.router.breaker import Breaker
@@ -215,6 +215,7 @@ async def test_a_silent_connection_is_given_up(begun: int, monkeypatch: pytest.M
             await until(lambda: len(silent.seen) == 2)
         assert ALIVE_HEADER in silent.seen[0].headers
         assert (silent.seen[1].path, silent.seen[1].body) == ("/abort_request", b'{"rid":"mine"}')
+        assert silent.seen[1].headers[ATTEMPT_HEADER] == "0"
         assert ("continued" if begun else "retried") in await stamps(running)
         await running.look()
         assert [worker.state for worker in running.router.registry.workers] == ["ready", "ready"]

@@ -52,6 +52,7 @@ from twostroke.errors import (
     Unavailable,
 )
 from twostroke.messages import (
+    ATTEMPT_HEADER,
     JOURNAL_HEADER,
     REQUEST_ID_HEADER,
     SECRET_HEADER,
@@ -70,7 +71,7 @@ log = logging.getLogger(__name__)
 
 Translate = Callable[[bytes, Setting], Call]
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
-Word = TypeVar("Word", Ticket, Journal)
+Word = TypeVar("Word", Ticket, Journal, int)
 
 _REQUEST_ID = re.compile(r"[\x21-\x2e\x30-\x7e]{1,600}")  # without blank and "/"; vLLM's router puts two hosts into it
 _BIG_BODY = 32 << 10  # bytes, above which translation (tokenisation) leaves the event loop
@@ -198,7 +199,7 @@ class _Api:
         self._max_body = max_body
         self._secret = config.cluster_secret()
         # The rid of each call, by x-request-id, side and attempt: a new attempt may come before the old one has ended.
-        self._live: dict[tuple[str, str, int], str | None] = {}
+        self._live: dict[tuple[str, str, int], Call] = {}  # by id, side of a hand-over, and attempt
 
     def routes(self) -> list[Route]:
         gets: dict[str, Endpoint] = {
@@ -238,7 +239,7 @@ class _Api:
             sent = await _read_journal(body[:size]) if journal else None
             if call.handover is not None and not size:
                 ticket = self._foreign(scope, call.handover, ticket, answers=journal is not None)
-            with self._registered(setting.http_id, call, ticket):
+            with self._registered(setting.http_id, call, ticket, journal):
                 if ticket is not None and ticket.side == "produce":
                     await unless_gone(self._produce(call, ticket, scope, send), receive)
                 else:
@@ -283,11 +284,12 @@ class _Api:
         return await asyncio.to_thread(translate, body, setting)
 
     @contextmanager
-    def _registered(self, http_id: str, call: Call, ticket: Ticket | None) -> Iterator[None]:
-        key = (http_id, ticket.side if ticket else "", ticket.attempt if ticket else 0)
+    def _registered(self, http_id: str, call: Call, ticket: Ticket | None, journal: Journal | None) -> Iterator[None]:
+        word = ticket or journal
+        key = (http_id, ticket.side if ticket else "", word.attempt if word else 0)
         if key in self._live:
             raise Conflict(f"a request with the {REQUEST_ID_HEADER} {http_id} is running")
-        self._live[key] = call.rid
+        self._live[key] = call
         try:
             yield
         finally:
@@ -305,10 +307,16 @@ class _Api:
         await reply(send, answer, headers=headers)
 
     async def _abort(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over."""
-        rid = sglang.abort(await read_body(scope, receive, self._max_body))
-        for http_id in {http_id for (http_id, _, _), own in self._live.items() if rid in (own, http_id)}:
-            self._service.abort(http_id)
+        """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over. Our
+        router means one attempt: the next may be here already.
+        """
+        rid, only = (
+            sglang.abort(await read_body(scope, receive, self._max_body)),
+            self._word(scope, ATTEMPT_HEADER, int),
+        )
+        for (http_id, _, attempt), call in self._live.items():
+            if rid in (call.rid, http_id) and only in (None, attempt):
+                self._service.abort([job.request for job in call.jobs])
         await reply(send, b"")
 
     # looking

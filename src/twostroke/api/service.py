@@ -64,6 +64,6 @@ class Service(Protocol):
         """Be the prefill end of a hand-over of these prompts. Returns their first tokens."""
         ...
 
-    def abort(self, http_id: str) -> bool:
-        """End every sequence of this HTTP request with finish reason "abort". False if there is none."""
+    def abort(self, requests: Sequence[Request]) -> None:
+        """End the sequences of these very requests, which it was given, with finish reason "abort"."""
         ...

@@ -38,9 +38,9 @@ _EVERY = _Attributes(_IN_STREAM_ORDER, _Location(), _Location(), _BESIDE_KERNELS
 _FIRST = ctypes.c_size_t(0)
 
 
-def addresses(base: int, places: Sequence[int], size: int) -> Addresses:
+def addresses(base: int, places: Sequence[int] | NDArray[np.uint64], size: int) -> Addresses:
     """Where ``places`` of ``size`` bytes each are, the first of them at ``base``."""
-    return np.array(places, np.uint64) * np.uint64(size) + np.uint64(base)
+    return np.asarray(places, np.uint64) * np.uint64(size) + np.uint64(base)
 
 
 def copy(targets: Addresses, sources: Addresses, sizes: NDArray[np.uint64], stream: int) -> None:

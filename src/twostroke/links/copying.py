@@ -2,9 +2,12 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import host_id, started
@@ -15,6 +18,7 @@ from twostroke.messages import PoolAddress
 SWEEP_SECONDS = 1.0
 
 Mapped = TypeVar("Mapped")
+Slots = NDArray[np.uint64]
 
 
 class CopyingLink(ABC, Generic[Mapped]):
@@ -89,11 +93,23 @@ def _gone(pid: int, start: bytes) -> bool:
     return started(pid) != start
 
 
-def runs(remote: Sequence[Slot], local: Sequence[Slot]) -> Iterator[tuple[Slot, Slot, int]]:
-    """The fewest copies that move slots pairwise: first remote slot, first local slot, how many follow each other."""
-    pairs = list(zip(remote, local, strict=True))
-    first = 0
-    for end in range(1, len(pairs) + 1):
-        if end == len(pairs) or pairs[end] != (pairs[end - 1][0] + 1, pairs[end - 1][1] + 1):
-            yield *pairs[first], end - first
-            first = end
+class Runs(NamedTuple):
+    """The fewest copies that move slots pairwise."""
+
+    remote: Slots  # the first slot of each copy
+    local: Slots
+    counts: Slots  # how many follow each other
+
+    def listed(self) -> list[tuple[Slot, Slot, int]]:
+        """One by one."""
+        return list(zip(self.remote.tolist(), self.local.tolist(), self.counts.tolist(), strict=True))
+
+
+def runs(remote: Sequence[Slot], local: Sequence[Slot]) -> Runs:
+    """Slots that follow each other at both ends are copied at once."""
+    theirs, ours = np.array(remote, np.uint64), np.array(local, np.uint64)
+    assert len(theirs) == len(ours), "slots are pairs"
+    jumps = np.flatnonzero((np.diff(theirs) != 1) | (np.diff(ours) != 1)) + 1
+    firsts = np.concatenate(([0], jumps))[: len(theirs)]
+    counts = np.diff(np.append(firsts, len(theirs))).astype(np.uint64)
+    return Runs(theirs[firsts], ours[firsts], counts)

@@ -13,11 +13,13 @@ from twostroke.kv.pool import Slot
 from twostroke.links.copying import CopyingLink, runs
 from twostroke.messages import CudaMemory, PoolAddress
 
+_STREAMS = 4  # copies that are no longer than a block pause between each other: others go on meanwhile
+
 
 class CudaIpcLink(CopyingLink[PeerPool]):
     """Reads pools of GPU workers on this machine: on the same GPU, or on one that ours can reach as a peer.
 
-    Copies run on a stream of their own, which waits for no other: whoever publishes slots must have waited for the
+    Copies run on streams of their own, which wait for no other: whoever publishes slots must have waited for the
     kernels that write them, and whoever leases slots for those that still read them.
     """
 
@@ -31,27 +33,41 @@ class CudaIpcLink(CopyingLink[PeerPool]):
         self._own = own
         self._device: int = own.device.index
         with current(self._device):
-            (self._stream,) = call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+            flags = runtime.cudaStreamNonBlocking
+            self._streams = [call(runtime.cudaStreamCreateWithFlags(flags))[0] for _ in range(_STREAMS)]
 
     def close(self) -> None:
         """See ``Link.close``."""
         super().close()
         with releasing("the link's stream"), current(self._device):
-            call(runtime.cudaStreamDestroy(self._stream))
+            for stream in self._streams:
+                call(runtime.cudaStreamDestroy(stream))
 
     def _map(self, peer: PoolAddress) -> PeerPool:
         return map_peer(peer, self._device)  # our GPU is the copying thread's current one from then on
 
     def _copy(self, source: PeerPool, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
-        assert all(0 <= slot < len(self._own) for slot in local), "we copy into our own slots"
-        size = self._block_bytes
-        theirs, ours, counts = zip(*runs(remote, local), strict=True)
-        targets, origins = addresses(self._own.data_ptr(), ours, size), addresses(source.slots, theirs, size)
+        if not remote:
+            return
+        assert min(local) >= 0, "we copy into our own slots"
+        assert max(local) < len(self._own), "we copy into our own slots"
+        copies, size = runs(remote, local), self._block_bytes
+        targets, origins = (
+            addresses(self._own.data_ptr(), copies.local, size),
+            addresses(source.slots, copies.remote, size),
+        )
+        sizes, share = copies.counts * np.uint64(size), -(-len(targets) // _STREAMS)
+        begun = []
         try:
             try:
-                copy(targets, origins, np.array(counts, np.uint64) * np.uint64(size), int(self._stream))
+                for nth, first in enumerate(range(0, len(targets), share)):
+                    part = slice(first, first + share)
+                    begun.append(self._streams[nth])
+                    copy(targets[part], origins[part], sizes[part], int(begun[-1]))
             finally:
-                call(runtime.cudaStreamSynchronize(self._stream))  # releases the GIL
+                ends = [runtime.cudaStreamSynchronize(stream) for stream in begun]  # releases the GIL
+                for end in ends:
+                    call(end)
         except RuntimeError as error:
             raise HandoverFailed(f"the peer's slots cannot be copied: {error}") from error
 

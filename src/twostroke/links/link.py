@@ -55,7 +55,7 @@ def check_read(block_bytes: int, peer: PoolAddress, remote: Sequence[Slot]) -> N
     """
     if peer.block_bytes != block_bytes:
         raise HandoverFailed(f"the peer's slots have {peer.block_bytes} bytes, ours {block_bytes}")
-    for slot in remote:
+    for slot in (min(remote, default=0), max(remote, default=0)):
         if not 0 <= slot < peer.num_slots:
             raise HandoverFailed(f"slot {slot} is outside the peer's pool of {peer.num_slots}")
 

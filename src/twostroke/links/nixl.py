@@ -229,7 +229,7 @@ class NixlLink:
             raise HandoverFailed("the cluster secret differs: set TWOSTROKE_SECRET to the same value on every worker")
         if not remote:
             return
-        copies, stop, connection = list(runs(remote, local)), threading.Event(), self._connection(peer)
+        copies, stop, connection = runs(remote, local).listed(), threading.Event(), self._connection(peer)
         work = connection.thread.submit(connection.read, copies, max(SLOWEST, self._slowest()), stop)
         await settled(asyncio.wrap_future(work), stop.set)
 

@@ -15,7 +15,7 @@ another one, or waits in line (``backlog.py``). Any other refusal is passed on o
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -29,6 +29,7 @@ from twostroke.config import RouterConfig
 from twostroke.errors import RequestError, Unavailable, WorkerLost
 from twostroke.messages import (
     ALIVE_HEADER,
+    ATTEMPT_HEADER,
     JOURNAL_HEADER,
     SECRET_HEADER,
     TICKET_HEADER,
@@ -275,7 +276,7 @@ class Relay:
             _Refused: it, or the prefill worker, takes no more now.
         """
         call, reply = trip.call, trip.reply
-        journal = Journal(len(reply.journal), call.created)
+        journal = Journal(len(reply.journal), call.created, trip.attempt)
         tokens = trip.prompt.tokens if ticket else trip.prompt.missing(worker)
         try:
             with worker.held(tokens, computes=ticket is None) as hold:
@@ -298,7 +299,7 @@ class Relay:
         except UPSTREAM_ERRORS as error:
             why = self._lose(worker, error)
             if isinstance(error, Silent):
-                self._tell(worker, "/abort_request", encode({"rid": trip.call.id}))
+                self._tell(worker, "/abort_request", encode({"rid": trip.call.id}), attempt=trip.attempt)
             if not reply.done:
                 raise WorkerLost(f"worker {worker.id} failed: {why}") from error
             await reply.end_stream()
@@ -344,15 +345,16 @@ class Relay:
             headers[JOURNAL_HEADER] = encode(journal).decode()
         return self._upstream.post(worker.url, trip.call.target, headers, lines + trip.call.body)
 
-    def _tell(self, worker: Worker, path: str, message: bytes) -> None:
+    def _tell(self, worker: Worker, path: str, message: bytes, attempt: int | None = None) -> None:
         """Have a worker end what it may think is still waited for. Unheard, that ends by its own deadline."""
-        task = asyncio.create_task(self._post_only(worker, path, message))
+        headers = self._secret if attempt is None else {**self._secret, ATTEMPT_HEADER: str(attempt)}
+        task = asyncio.create_task(self._post_only(worker, path, headers, message))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def _post_only(self, worker: Worker, path: str, message: bytes) -> None:
+    async def _post_only(self, worker: Worker, path: str, headers: Mapping[str, str], message: bytes) -> None:
         with suppress(*UPSTREAM_ERRORS):
-            async with asyncio.timeout(SILENCE), self._upstream.post(worker.url, path, self._secret, message) as reply:
+            async with asyncio.timeout(SILENCE), self._upstream.post(worker.url, path, headers, message) as reply:
                 await reply.read()
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from twostroke.messages import (
     Manage,
     Managed,
     Role,
+    Sampled,
     WorkerInfo,
     Writing,
     decode,
@@ -120,12 +121,17 @@ async def _read(scope: Scope, receive: Receive, type_: type[Message]) -> Message
 
 
 async def _stream(producer: Producer, message: Attach, reached: str, send: Send) -> None:
-    """One event a line. The status waits for the first event, so that a refusal has its own."""
-    started = False
+    """One event a line. The status waits for the first event, so that a refusal has its own. The first token goes with
+    the last blocks, which follow at once.
+    """
+    started, lines = False, b""
     async with aclosing(producer.attach(message, reached)) as events:
         async for event in events:
             if not started:
                 started = True
                 await send({"type": "http.response.start", "status": 200, "headers": _LINES})
-            await send({"type": "http.response.body", "body": encode(event) + b"\n", "more_body": True})
+            lines += encode(event) + b"\n"
+            if not isinstance(event, Sampled):
+                await send({"type": "http.response.body", "body": lines, "more_body": True})
+                lines = b""
     await send({"type": "http.response.body", "body": b""})

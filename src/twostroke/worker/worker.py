@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 import time
 import uuid
 from collections import Counter
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
 _PATIENCE = 4  # silences, after which a producer that is not at work and writes nothing new into the store is given up
 _HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
+_TURN_SECONDS = 0.0005  # after which a thread gives the interpreter to one that waits: the engine's, and so a GPU
 _LOOK_SECONDS = 0.05  # between looks at what a draining worker still has to finish
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
@@ -74,7 +76,7 @@ class Worker:
         self._loaded: Loaded | None = None
         self._session: aiohttp.ClientSession | None = None
         self._writing: Counter[Writing] = Counter()  # hand-overs whose blocks go through the store
-        self._jobs: dict[Job, str] = {}  # what runs, by the HTTP request it is of
+        self._jobs: set[Job] = set()  # what runs
         self._failures = Failures()
         self._pulled: dict[str, asyncio.Event] = {}  # request id of a prompt's first choice → its blocks are here
         self._offload: Offload | None = None
@@ -206,7 +208,7 @@ class Worker:
             self._pull_ended(request, here)
             self.lifecycle.stamp(request.id, "failed", reason="no room")
             raise NoRoom("no slots are free for this prompt now")
-        self._jobs[job] = request.http_id
+        self._jobs.add(job)
         pull: asyncio.Task[None] | None = None
         if fetch:
             fetch.submitted(job)
@@ -236,7 +238,7 @@ class Worker:
             if pulls:
                 self._pull_ended(request, here)
             loaded.engine.abort(job)
-            del self._jobs[job]
+            self._jobs.discard(job)
 
     async def produce(self, requests: Sequence[Request], ticket: Ticket) -> list[Output]:
         """See ``Service``."""
@@ -257,12 +259,11 @@ class Worker:
         """See ``Service``."""
         return self._tickets.transfer(ticket, host, port)
 
-    def abort(self, http_id: str) -> bool:
+    def abort(self, requests: Sequence[Request]) -> None:
         """See ``Service``."""
-        jobs = [job for job, owner in self._jobs.items() if owner == http_id]
-        for job in jobs:
-            job.push(Output([], "abort"))
-        return bool(jobs)
+        for job in self._jobs:
+            if any(job.sequence.request is request for request in requests):
+                job.push(Output([], "abort"))
 
     # -- for routers and peers -----------------------------------------------------------------------------------
 
@@ -488,6 +489,7 @@ async def _run(config: WorkerConfig) -> int:
         if starting.done():
             starting.result()
             settled()
+            sys.setswitchinterval(_TURN_SECONDS)
             await asyncio.wait({serving, dying, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if died.is_set():
             log.critical("the engine thread ended: the worker cannot go on")
