@@ -27,6 +27,9 @@ from twostroke.messages import TimelineEvent
 
 _AT_ONCE = 16  # timelines asked for at a time
 _PRIMING_TOKENS = 2  # so that decode workers get the KV, too
+_WARM_PROMPTS = 16  # of each workload for each worker,
+_WARM_TOKENS = 20_000  # but no more than these, or one
+_WARM_OUTPUT = 10  # tokens
 _DEATHS = 2  # in a row, after which a scheme is given up in this repeat
 
 
@@ -187,13 +190,18 @@ class Bench:
         return None
 
     async def _warm_up(self, system: System, scheme: str) -> None:
-        """One prompt of each workload, of its longest, that no run contains."""
-        names = dict.fromkeys(point.workload for point in self._prepared.points[scheme])
-        longest = [self._workloads.longest(name) for name in names]
-        items = [Item(tokens(derive(0, "warm-up", i), n, self._vocab), m, 0.0) for i, (n, m) in enumerate(longest)]
-        for number, item in enumerate(items):
-            load = await self._load(system, [item], f"warm-up-{number}", "warm-up")
-            if error := load.records[0].error:
+        """The beginning of each workload, with other tokens: what is built when it first comes shall be there then, at
+        each worker.
+        """
+        for name in dict.fromkeys(point.workload for point in self._prepared.points[scheme]):
+            longest, output = self._workloads.longest(name)
+            count = self._prepared.rooms[scheme].workers * min(_WARM_PROMPTS, max(1, _WARM_TOKENS // longest))
+            items = [
+                Item(tokens(derive(0, "warm-up", name, i), longest, self._vocab), min(output, _WARM_OUTPUT), 0.0)
+                for i in range(count)
+            ]
+            load = await self._load(system, items, f"warm-up-{name}", "warm-up")
+            if error := next((record.error for record in load.records if record.error), ""):
                 raise SystemDied(f"it does not answer: {error}")
 
     async def _measure(self, system: System, point: Point) -> Result:

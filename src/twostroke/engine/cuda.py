@@ -44,6 +44,7 @@ _WAVE = 2  # programs of decode attention on a multiprocessor at once
 _COUNTERS = 1 << 16  # results that programs of one kernel may share
 _FIRST = -1  # priority of the engine's kernels, before those that move blocks
 _TAILS = (16, 32, 64)  # rows of steps with ends of prompts whose beginnings the pool has
+_MIXED = (1, 1, 256, 256, 2048)  # tokens of a step that has chunks of each kind
 _TOGETHER = 8  # short prompts that are captured as one step
 
 _Result = tuple[torch.Tensor, torch.Tensor]  # logits, most probable tokens
@@ -162,6 +163,8 @@ class CudaRunner:
             say("compiling")
             most = min(len(slots) * self._layout.block_tokens, limits.token_budget)
             self._try(most)  # the largest first: kernels are tuned for the size that they are compiled at
+            if most >= sum(_MIXED):
+                self._try(*_MIXED)
             if self._cudnn is not None:
                 self._cudnn.build_smaller(CudnnAttention.rows(most))
             say("capturing graphs")
@@ -187,9 +190,9 @@ class CudaRunner:
     def _set_pool(self, slots: torch.Tensor) -> None:
         self._kv = slots.view(self._dtype).view(-1, *self._layout.shape)
 
-    def _try(self, tokens: int) -> None:
-        """Compute a prompt of this length, of anything, for its memory and for what is built on the way."""
-        self.forward([_anything(tokens, self._layout)])
+    def _try(self, *lengths: int) -> None:
+        """Compute prompts of these lengths, of anything, for their memory and for what is built on the way."""
+        self.forward([_anything(tokens, self._layout) for tokens in lengths])
 
     @torch.inference_mode()
     def _capture(self, limits: Limits) -> None:
