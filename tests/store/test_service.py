@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from twostroke.kv.memory import Bytes
 from twostroke.links.framing import HEADER
 from twostroke.messages import PoolAddress
 from twostroke.store import process as process_module
+from twostroke.store import server as server_module
 from twostroke.store import service
 from twostroke.store.format import Sealed
 from twostroke.store.frames import FRAMING, MAX_MESSAGE, VERSION, Borrow, Done, Lent, Mask, Returned, split
@@ -49,8 +51,11 @@ async def serving(config: StoreConfig, secret: str = "s") -> AsyncIterator[tuple
 
 
 @asynccontextmanager
-async def client(port: int, fingerprint: str = FINGERPRINT, secret: str = "s") -> AsyncIterator[ServiceTier]:
-    tier = ServiceTier("127.0.0.1", port, BYTES, fingerprint, secret)
+async def client(
+    port: int, fingerprint: str = FINGERPRINT, secret: str = "s", gpu: "Gpu | None" = None
+) -> AsyncIterator[ServiceTier]:
+    register, prepare = (gpu.register, gpu.prepare) if gpu else (None, None)
+    tier = ServiceTier("127.0.0.1", port, BYTES, fingerprint, secret, register=register, prepare=prepare)
     yield tier
     await tier.close()
 
@@ -89,6 +94,52 @@ async def test_what_one_worker_writes_others_read() -> None:
         assert other.mapped == len(MANY), "out of the service's memory"
         assert await other.put(MANY, Given(MANY)) == len(MANY)
         assert other.usage().blocks == len(MANY)
+
+
+class Gpu:
+    """What a GPU would be told."""
+
+    def __init__(self) -> None:
+        self.registered: list[int] = []  # sizes of what is registered now
+        self.threads: set[int] = set()  # that were prepared
+
+    def register(self, memory: Bytes) -> Callable[[], None]:
+        size = memory.nbytes
+        self.registered.append(size)
+        return lambda: self.registered.remove(size)
+
+    def prepare(self) -> None:
+        self.threads.add(threading.get_ident())
+
+
+async def test_a_gpu_moves_blocks_by_memory_that_is_registered_with_it() -> None:
+    """Its pool the service cannot map: blocks go through an outbox, which it can; many times round."""
+    gpu, pools = Gpu(), MiB // BYTES
+    async with serving(MEMORY) as (_, port):
+        async with client(port, gpu=gpu) as tier:
+            await tier.open()
+            assert gpu.registered == [pools * BYTES], "the service's memory, before anybody waits for it"
+            assert len(gpu.threads) == service._THREADS
+            for turn in range(5):
+                some = keys(*range(40 * turn, 40 * turn + 40))
+                assert await tier.put(some, Given(some)) == len(some)
+                target = Taken()
+                assert await tier.get(some, target) == len(some)
+                assert target.right(some)
+            assert tier.offered == tier.mapped == 200
+            assert len(gpu.registered) == 3, "and two outboxes"
+        await until(lambda: not gpu.registered)
+
+
+async def test_a_gpu_and_a_service_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "host_id", lambda: "elsewhere")
+    async with serving(MEMORY) as (_, port), client(port, gpu=Gpu()) as tier:
+        await tier.open()
+        assert await tier.put(MANY, Given(MANY)) == len(MANY)
+        target = Taken()
+        assert await tier.get(MANY, target) == len(MANY)
+        assert target.right(MANY)
+        assert tier.offered == tier.mapped == 0
 
 
 async def test_what_comes_one_after_the_other_has_one_connection() -> None:

@@ -122,7 +122,10 @@ def register(memory: Bytes, device: int) -> Callable[[], None]:
     address = memory.ctypes.data
     with current(device):
         try:
-            call(runtime.cudaHostRegister(address, memory.nbytes, runtime.cudaHostRegisterPortable))
+            flags = runtime.cudaHostRegisterPortable
+            if not memory.flags.writeable:  # another process's
+                flags |= runtime.cudaHostRegisterReadOnly
+            call(runtime.cudaHostRegister(address, memory.nbytes, flags))
         except RuntimeError as error:
             log.warning("%.0f MiB of host memory cannot be registered with CUDA: %s", memory.nbytes / 2**20, error)
             return lambda: None

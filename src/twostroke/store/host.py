@@ -12,7 +12,7 @@ from twostroke.store.eviction import Lru, Policy
 from twostroke.store.slots import SlotTier
 
 _THREADS = 2  # each way: what it takes to saturate memory, or the link to a GPU
-_AT_ONCE = 8  # blocks that a thread copies at once
+AT_ONCE = 8  # blocks that a thread copies at once
 Register = Callable[[Bytes], Callable[[], None]]
 
 
@@ -91,7 +91,7 @@ class HostTier(SlotTier):
         policy: Callable[[], Policy] = Lru,
         area: Area | None = None,
         *,
-        at_once: int = _AT_ONCE,
+        at_once: int = AT_ONCE,
         register: Register | None = None,
         prepare: Callable[[], object] | None = None,
     ) -> None:

@@ -1,6 +1,6 @@
 """A tier that is a cache service: the client's end. Each of a few threads uses a connection by itself. On the service's
-machine blocks are read out of its memory, which holds them meanwhile, and it reads them out of ours; elsewhere they go
-over the connection.
+machine blocks are read out of its memory, which holds them meanwhile, and it reads them out of ours: out of the pool,
+or, where that is a GPU's, out of an outbox that the GPU writes. Elsewhere they go over the connection.
 """
 
 import logging
@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from msgspec import Struct
 
 from twostroke.errors import HandoverFailed
 from twostroke.kv.keys import BlockKey
-from twostroke.kv.memory import Bytes, host_id, map_peer
+from twostroke.kv.memory import Bytes, PoolMemory, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind, Wanted
 from twostroke.links.wire import Wire
 from twostroke.messages import Manage, Managed, PoolAddress, TierReport
@@ -46,6 +47,7 @@ from twostroke.store.frames import (
     Put,
     Returned,
 )
+from twostroke.store.host import Register
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage
 
@@ -68,6 +70,7 @@ class Session:
         self.offers = True  # whether it can map ours
         self._block_bytes = block_bytes
         self._buffer = aligned(block_bytes)[:block_bytes]
+        self.outbox: Outbox | None = None  # made when it is first used
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self.wire = Wire(socket.socket(family, socket.SOCK_STREAM), FRAMING)
         try:
@@ -76,6 +79,12 @@ class Session:
         except BaseException:
             self.wire.close()
             raise
+
+    def close(self) -> None:
+        """Hang up."""
+        self.wire.close()
+        if self.outbox is not None:
+            self.outbox.close()
 
     def say(self, content: Struct) -> None:
         """Send a message."""
@@ -125,14 +134,54 @@ def manage(host: str, port: int, secret: str, order: Manage) -> Managed:
         session.say(Order(order))
         return session.hear(Outcome, MANAGE_SECONDS).managed
     finally:
-        session.wire.close()
+        session.close()
+
+
+class Outbox:
+    """Memory of ours that the service can map, for a few offers at a time of blocks that lie where it cannot."""
+
+    def __init__(self, slots: int, block_bytes: int, register: Register) -> None:
+        self._memory = PoolMemory(slots, block_bytes, f"outbox-{os.urandom(8).hex()}")
+        self._unregister = register(self._memory.slots)
+        self._next = 0
+
+    def fill(self, indexes: Sequence[int], source: Source) -> tuple[list[int], list[bytes | None]]:
+        """Copy blocks into the next slots: which these are, and the digests. Those before them stay as they are, up to
+        ``slots`` in all.
+        """
+        count = len(self._memory.slots)
+        slots = [(self._next + nth) % count for nth in range(len(indexes))]
+        self._next = (self._next + len(indexes)) % count
+        return slots, source.fill(indexes, self._memory.slots, slots)
+
+    @property
+    def address(self) -> PoolAddress:
+        """Where the service finds it."""
+        return self._memory.address
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._unregister()
+        self._memory.close()
 
 
 class ServiceTier:
     """See ``Tier``."""
 
-    def __init__(self, host: str, port: int, block_bytes: int, fingerprint: str, secret: str) -> None:
-        """``secret``: the cluster's."""
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        block_bytes: int,
+        fingerprint: str,
+        secret: str,
+        *,
+        register: Register | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        """``secret``: the cluster's. For a GPU's pool: ``register`` makes memory one that it copies from and to by
+        itself, until what that returns is called; ``prepare`` is called once in each thread that moves blocks.
+        """
         self.name = "service"
         self._where = (host, port)
         self._block_bytes = block_bytes
@@ -146,12 +195,16 @@ class ServiceTier:
         self._damaged = 0
         self._memory: tuple[PoolAddress, Bytes] | None = None  # the service's, mapped
         self._lock = threading.Lock()  # of that
+        self._register, self._prepare = register, prepare
         self.mapped = 0  # blocks that were read out of it
         self.offered = 0  # blocks that it has read out of ours
 
     async def open(self) -> None:
         """See ``Tier.open``."""
         self._reports = (await self._run(lambda session: session.ask(Ask(), Answer))).tiers
+        if self._prepare is not None:
+            await self._threads.all(self._prepare)
+            await self._run(self._meet)
 
     async def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
         """See ``Tier.contains``."""
@@ -203,7 +256,7 @@ class ServiceTier:
         self._threads.close()
         for session in list(self._sessions):
             session.wire.abort()
-            session.wire.close()
+            session.close()
         self._memory = None
 
     async def _parts(self, work: Callable[[Session, int, int], Result], count: int) -> list[Result]:
@@ -221,7 +274,7 @@ class ServiceTier:
         """Have the service copy blocks out of our memory, while we take the next ones' digests: how many of the first
         keys that is, none if it cannot, and how many of them it has now.
         """
-        size, waiting = max(1, min(MAX_KEYS, _OFFER_BYTES // self._block_bytes)), deque[Offer]()
+        size, waiting = self._offered_at_once, deque[Offer]()
         done = stored = 0
 
         def hear() -> None:
@@ -232,7 +285,7 @@ class ServiceTier:
             stored += copied.count if session.offers else 0
 
         for at in range(0, len(keys), size):
-            offer = self._describe(keys[at : at + size], first + at, source) if session.offers else None
+            offer = self._describe(session, keys[at : at + size], first + at, source) if session.offers else None
             if offer is None:
                 break
             session.say(offer)
@@ -244,14 +297,27 @@ class ServiceTier:
         self.offered += stored
         return done, stored
 
-    def _describe(self, keys: Sequence[BlockKey], first: int, source: Source) -> Offer | None:
+    @property
+    def _offered_at_once(self) -> int:
+        """Blocks of an offer."""
+        return max(1, min(MAX_KEYS, _OFFER_BYTES // self._block_bytes))
+
+    def _describe(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> Offer | None:
         """Where the service finds blocks; None if it does not."""
-        places = [source.where(first + index) for index in range(len(keys))]
+        indexes = range(first, first + len(keys))
+        if self._register is not None:
+            session.outbox = session.outbox or Outbox(
+                (_AHEAD + 2) * self._offered_at_once, self._block_bytes, self._register
+            )
+            slots, filled = session.outbox.fill(indexes, source)
+            whole = [digest for digest in filled if digest is not None]
+            return Offer(b"".join(keys), session.outbox.address, slots, b"".join(whole)) if whole == filled else None
+        places = [source.where(index) for index in indexes]
         pool = places[0].pool if places[0] is not None else None
         if pool is None or pool.host != self._host:
             return None
         slots = [place.slot for place in places if place is not None and place.pool == pool]
-        blocks = [source.block(first + index) for index in range(len(keys))]
+        blocks = [source.block(index) for index in indexes]
         digests = [block.digest for block in blocks if block is not None]
         if not len(slots) == len(digests) == len(keys):
             return None
@@ -291,22 +357,25 @@ class ServiceTier:
         if memory is None and lent.pool is not None:
             session.ask(Returned([]), Done)
             return self._borrow(session, keys, first, target)
-        came, damaged = set[int](), list[int]()
-        for index, slot in enumerate(lent.slots):
-            digest = lent.digests[16 * index : 16 * index + 16]
-            try:
-                block = verify(Sealed(session.payload() if memory is None else _view(memory, slot), digest))
-            except Corrupt:
-                damaged.append(index)
-                continue
-            if target.place(first + index, block):
-                came.add(first + index)
-            elif memory is not None:
-                break
+        digests = [lent.digests[at : at + 16] for at in range(0, 16 * count, 16)]
+        if memory is None:
+            results = [_placed(target, first + nth, session.payload(), digest) for nth, digest in enumerate(digests)]
+        elif max(lent.slots) >= len(memory):
+            raise TierFailed("the service lent a slot outside its memory")
+        else:
+            results = target.take(range(first, first + count), memory, lent.slots, digests)
+        came = {first + nth for nth, result in enumerate(results) if result is True}
+        damaged = [nth for nth, result in enumerate(results) if isinstance(result, Corrupt)]
         session.ask(Returned(damaged), Done)  # they were held all the time
         self._damaged += len(damaged)
         self.mapped += len(came) if memory is not None else 0
         return count, came
+
+    def _meet(self, session: Session) -> None:
+        """Have the service's memory mapped before anybody waits for that."""
+        lent = session.ask(Borrow(b"", self._host), Lent)
+        if lent.pool is not None:
+            self._map(lent.pool)
 
     def _map(self, pool: PoolAddress) -> Bytes | None:
         """The service's memory; None if it cannot be mapped."""
@@ -316,6 +385,8 @@ class ServiceTier:
                 try:
                     if pool.block_bytes == self._block_bytes:
                         self._memory = pool, map_peer(pool)
+                        if self._register is not None:  # until no thread reads it any more
+                            weakref.finalize(self._memory[1], self._register(self._memory[1]))
                 except HandoverFailed as error:
                     log.info("the cache service's memory is not mapped: %s", error.message)
             return self._memory[1] if self._memory is not None else None
@@ -349,16 +420,16 @@ class ServiceTier:
         return None
 
     def _drop(self, session: Session) -> None:
-        session.wire.close()
+        session.close()
         self._sessions.discard(session)
 
 
-def _view(memory: Bytes, slot: int) -> memoryview:
-    """A slot of the service's."""
-    if slot >= len(memory):
-        raise TierFailed("the service lent a slot outside its memory")
-    view: memoryview = memory[slot].data
-    return view
+def _placed(target: Target, index: int, payload: memoryview, digest: bytes) -> bool | Corrupt:
+    """Verify a block and place it."""
+    try:
+        return target.place(index, verify(Sealed(payload, digest)))
+    except Corrupt as error:
+        return error
 
 
 def _put(session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> int:

@@ -35,7 +35,7 @@ from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, Po
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.eviction import POLICIES
-from twostroke.store.host import HostTier
+from twostroke.store.host import AT_ONCE, HostTier, Register
 from twostroke.store.mooncake import MooncakeTier
 from twostroke.store.service import ServiceTier
 from twostroke.store.slots import SlotTier
@@ -158,31 +158,37 @@ def _make_tier(
     access: Callable[[], Staging],
 ) -> Tier:
     policy = POLICIES[config.eviction]
+    register, prepare = _for_gpu(layout, device, access)
     match tier:
         case configs.HostTier(size):
-            if device.type == "cpu":
-                return HostTier(layout.block_bytes, size, policy)
-            from twostroke.kv.cuda_memory import register  # it needs what only a GPU's machine has
-
-            index = torch.cuda.current_device() if device.index is None else device.index
-            return HostTier(
-                layout.block_bytes,
-                size,
-                policy,
-                at_once=GPU_AT_ONCE,
-                register=lambda memory: register(memory, index),
-                prepare=lambda: warm(access, layout.block_bytes),
-            )
+            at_once = AT_ONCE if device.type == "cpu" else GPU_AT_ONCE
+            return HostTier(layout.block_bytes, size, policy, at_once=at_once, register=register, prepare=prepare)
         case configs.DiskTier(path, size):
             return disk_tier(path, layout.block_bytes, layout.fingerprint, size, config.name, policy)
         case configs.DirectoryTier(shared, limit):
             return DirectoryTier(shared, layout.block_bytes, layout.fingerprint, limit)
         case configs.ServiceTier(host, port):
-            return ServiceTier(host, port, layout.block_bytes, layout.fingerprint, secret)
+            return ServiceTier(
+                host, port, layout.block_bytes, layout.fingerprint, secret, register=register, prepare=prepare
+            )
         case configs.ValkeyTier(host, port):
             return _valkey_tier(host, port, layout)
         case configs.MooncakeTier(host, port, memory):
             return _mooncake_tier(host, port, memory, layout)
+
+
+def _for_gpu(
+    layout: Layout, device: torch.device, access: Callable[[], Staging]
+) -> tuple[Register | None, Callable[[], object] | None]:
+    """What tiers in memory need so that a GPU copies by itself: how to register memory with it, and what to call in
+    each thread before it moves a block. Nothing for a CPU.
+    """
+    if device.type == "cpu":
+        return None, None
+    from twostroke.kv.cuda_memory import register  # it needs what only a GPU's machine has
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return lambda memory: register(memory, index), lambda: warm(access, layout.block_bytes)
 
 
 def _register(config: WorkerConfig, slots: torch.Tensor, pool: PoolAddress, secret: str) -> NixlServer | None:
