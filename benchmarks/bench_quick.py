@@ -40,23 +40,23 @@ def measure(repeats: int, schemes: str | None, up: str) -> None:
         sys.exit(f"not everything was measured ({done.returncode}); the same command goes on from there")
 
 
-def keep() -> None:
-    """Copy metadata, report, the README's charts and runs (compressed) into the results. Of repeats, only the first
-    keeps what its workers said, which is what a report shows.
+def keep(measured: Path, kept: Path, charts: Sequence[str]) -> None:
+    """Copy metadata, report, some charts and runs (compressed) into the results. Of repeats, only the first keeps what
+    its workers said, which is what a report shows.
     """
-    shutil.rmtree(KEPT, ignore_errors=True)
-    (KEPT / "runs").mkdir(parents=True)
-    (KEPT / "charts").mkdir()
-    for file in sorted((MEASURED / "runs").glob("*.json")):
+    shutil.rmtree(kept, ignore_errors=True)
+    (kept / "runs").mkdir(parents=True)
+    (kept / "charts").mkdir()
+    for file in sorted((measured / "runs").glob("*.json")):
         run = results.from_json(file.read_bytes(), file.name)
         if run.point.repeat:
             run.timelines, run.watched = {}, Watched()
         packed = gzip.compress(results.to_json(run), 9, mtime=0)
-        (KEPT / "runs" / f"{file.name}.gz").write_bytes(packed)
-    for name in ("metadata.json", "report.html", *(f"charts/{chart}.png" for chart in CHARTS)):
-        shutil.copy(MEASURED / name, KEPT / name)
-    size = sum(file.stat().st_size for file in KEPT.rglob("*") if file.is_file())
-    print(f"{KEPT.relative_to(ROOT)}: {size / 2**20:.2f} MiB")
+        (kept / "runs" / f"{file.name}.gz").write_bytes(packed)
+    for name in ("metadata.json", "report.html", *(f"charts/{chart}.png" for chart in charts)):
+        shutil.copy(measured / name, kept / name)
+    size = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())
+    print(f"{kept.relative_to(ROOT)}: {size / 2**20:.2f} MiB")
     if size > MOST_BYTES:
         print(f"that is more than {MOST_BYTES / 2**20:.0f} MiB: commit fewer repeats")
 
@@ -113,7 +113,7 @@ def _ratios(ratio: dict[str, float | None]) -> str:
 
 def publish() -> None:
     """Keep the results and rewrite the README's part."""
-    keep()
+    keep(MEASURED, KEPT, CHARTS)
     found = [group for group in analysis.groups(sources.read(KEPT)) if group.key.mode == "pd"]
     metadata = read_metadata(KEPT)
     order = list(metadata.schemes)
