@@ -10,6 +10,7 @@ import torch
 from tests.e2e.conftest import FLOAT32, HAND_OVER, ROLES, Reference
 from tests.e2e.system import Json, System, client, launch, post, stream
 from tests.e2e.test_correctness import NIXL, handed_over
+from tests.store.test_service import free_port, process
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOKENS = 24
@@ -44,6 +45,29 @@ async def test_in_bfloat16_disaggregated_is_colocated(tmp_path: Path, reference:
         assert await handed_over(system) >= sum(map(len, prompts)) // 16 * 0.9
         async with client() as session:
             assert {(await system.info(session, name))["link"] for name in ROLES} == {link}
+
+
+@pytest.mark.parametrize("link", ["auto", "store"])
+async def test_blocks_go_through_host_memory_and_a_cache_service(
+    tmp_path: Path, reference: Reference, link: str
+) -> None:
+    """Whether loading them is worth it or not: a pool that is too small for all prompts, asked again and again."""
+    laws, port = reference.prompts()[-1], free_port()
+    prompts = [laws[:1500], laws[1000:2400], laws[2100:3300]]
+    store = ["--store", f"host:256MiB,service:127.0.0.1:{port}" if link == "auto" else f"service:127.0.0.1:{port}"]
+    engine = [*FLOAT32, "--chunk-size", "512", "--kv-memory", "84MiB", "--link", link, *store]
+    with (
+        process(tmp_path / "kv", port, "512MiB", "1GiB"),
+        launch(tmp_path, ROLES, engine=engine, router=HAND_OVER) as system,
+    ):
+        async with client() as session:
+            for turn in range(3):
+                for prompt in prompts:
+                    status, reply = await post(session, f"{system.url}/v1/completions", completion(prompt, TOKENS))
+                    assert status == 200, reply
+                    right = reference.decode(reference.generate(prompt, TOKENS))
+                    assert reply["choices"][0]["text"] == right, f"turn {turn}"
+            await system.idle(session)
 
 
 async def test_the_prefill_worker_is_killed_while_blocks_travel(tmp_path: Path, reference: Reference) -> None:

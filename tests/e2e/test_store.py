@@ -14,7 +14,8 @@ from tests.store.test_service import free_port, process
 from twostroke import cli
 
 TOKENS = 8
-SMALL = (*FLOAT32, "--kv-memory", "42MiB", "--chunk-size", "256")  # 59 blocks: none of the prompts fits beside another
+CPU = (*FLOAT32, "--device", "cpu")  # on a GPU, computing so small a model beats loading what it has computed
+SMALL = (*CPU, "--kv-memory", "42MiB", "--chunk-size", "256")  # 59 blocks: none of the prompts fits beside another
 PATIENCE = 20.0
 
 
@@ -149,7 +150,7 @@ async def test_prefill_and_decode_meet_only_in_the_store(tmp_path: Path, referen
     """``--link store`` over a cache service, also when P is killed in the middle of a prompt, and then the service."""
     prompt, other = reference.prompts()[-1][:1000], reference.prompts()[18]
     port = free_port()
-    engine = [*FLOAT32, "--chunk-size", "128", "--store", f"service:127.0.0.1:{port}", "--link", "store"]
+    engine = [*CPU, "--chunk-size", "128", "--store", f"service:127.0.0.1:{port}", "--link", "store"]
     with (
         process(tmp_path / "kv", port, "64MiB", "256MiB") as service,
         launch(tmp_path, ROLES, engine=engine, router=HAND_OVER) as system,
