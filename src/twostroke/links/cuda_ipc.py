@@ -52,10 +52,8 @@ class CudaIpcLink(CopyingLink[PeerPool]):
         assert min(local) >= 0, "we copy into our own slots"
         assert max(local) < len(self._own), "we copy into our own slots"
         copies, size = runs(remote, local), self._block_bytes
-        targets, origins = (
-            addresses(self._own.data_ptr(), copies.local, size),
-            addresses(source.slots, copies.remote, size),
-        )
+        targets = addresses(self._own.data_ptr(), copies.local, size)
+        origins = addresses(source.slots, copies.remote, size)
         sizes, share = copies.counts * np.uint64(size), -(-len(targets) // _STREAMS)
         begun = []
         try:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from twostroke.errors import HandoverFailed
+from twostroke.errors import HandoverFailed, MemoryTooSmall
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, PoolMemory, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind, Wanted
@@ -306,9 +306,12 @@ class ServiceTier:
         """Where the service finds blocks; None if it does not."""
         indexes = range(first, first + len(keys))
         if self._register is not None:
-            session.outbox = session.outbox or Outbox(
-                (_AHEAD + 2) * self._offered_at_once, self._block_bytes, self._register
-            )
+            if session.outbox is None:
+                try:
+                    size = (_AHEAD + 2) * self._offered_at_once
+                    session.outbox = Outbox(size, self._block_bytes, self._register)
+                except MemoryTooSmall as error:
+                    raise TierFailed(f"there is no memory for an outbox: {error.message}") from error
             slots, filled = session.outbox.fill(indexes, source)
             whole = [digest for digest in filled if digest is not None]
             return Offer(b"".join(keys), session.outbox.address, slots, b"".join(whole)) if whole == filled else None
