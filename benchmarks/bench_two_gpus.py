@@ -5,7 +5,7 @@ rates.
 
 Measures into ``build/two_gpus``, where it goes on if it was interrupted, keeps report, charts, and how each scheme
 compares with two co-located workers in ``benchmarks/results/two_gpus``, and of the reference workload the runs too.
-With the defaults eight minutes for five schemes; the long outputs of two take four.
+With the defaults some ten minutes for five schemes; the long outputs of two take four.
 """
 
 import argparse
