@@ -114,6 +114,18 @@ async def test_schemes_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(set(map(str, salts))) == sorted(made.shown.runs), "no run finds blocks of another"
 
 
+@pytest.mark.parametrize(("prompts", "warm"), [(2, 1 + 2), (40, 10 + 10), (400, 16 + 32)])
+async def test_warming_up_is_bounded_by_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int, warm: int
+) -> None:
+    """A quarter of it; for each worker a prompt at least, and so many at most."""
+    grid = replace(SETTINGS.grid, num_prompts=prompts)
+    async with rig(tmp_path / "o", monkeypatch, settings=replace(SETTINGS, grid=grid)) as made:
+        await made.bench.run()  # a scheme of one worker, and one of two
+    sent = sum("warm-up" in str(body["cache_salt"]) for body in made.server.bodies)
+    assert sent == warm * len(grid.input_lens)
+
+
 async def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with rig(tmp_path / "o", monkeypatch) as made:
         await made.bench.run()

@@ -28,7 +28,7 @@ from twostroke.messages import TimelineEvent
 _AT_ONCE = 16  # timelines asked for at a time
 _PRIMING_TOKENS = 2  # so that decode workers get the KV, too
 _WARM_PROMPTS = 16  # of each workload for each worker,
-_WARM_TOKENS = 20_000  # but no more than these, or one
+_WARM_TOKENS = 20_000  # but no more tokens, or one prompt
 _WARM_OUTPUT = 10  # tokens
 _DEATHS = 2  # in a row, after which a scheme is given up in this repeat
 
@@ -191,11 +191,13 @@ class Bench:
 
     async def _warm_up(self, system: System, scheme: str) -> None:
         """The beginning of each workload, with other tokens: what is built when it first comes shall be there then, at
-        each worker.
+        each worker. No more than a quarter of a run, if that is a prompt for each.
         """
-        for name in dict.fromkeys(point.workload for point in self._prepared.points[scheme]):
+        workers = self._prepared.rooms[scheme].workers
+        for name, point in {point.workload: point for point in self._prepared.points[scheme]}.items():
             longest, output = self._workloads.longest(name)
-            count = self._prepared.rooms[scheme].workers * min(_WARM_PROMPTS, max(1, _WARM_TOKENS // longest))
+            quarter = len(self._workloads.items(point)) // 4
+            count = max(workers, min(workers * _WARM_PROMPTS, workers * _WARM_TOKENS // longest, quarter))
             items = [
                 Item(tokens(derive(0, "warm-up", name, i), longest, self._vocab), min(output, _WARM_OUTPUT), 0.0)
                 for i in range(count)
