@@ -198,8 +198,8 @@ class _Api:
         self._lifecycle = lifecycle
         self._max_body = max_body
         self._secret = config.cluster_secret()
-        # The rid of each call, by x-request-id, side and attempt: a new attempt may come before the old one has ended.
-        self._live: dict[tuple[str, str, int], Call] = {}  # by id, side of a hand-over, and attempt
+        # By x-request-id, side of a hand-over, and attempt: a new attempt may come before the old one has ended.
+        self._live: dict[tuple[str, str, int], Call] = {}
 
     def routes(self) -> list[Route]:
         gets: dict[str, Endpoint] = {
@@ -285,7 +285,7 @@ class _Api:
 
     @contextmanager
     def _registered(self, http_id: str, call: Call, ticket: Ticket | None, journal: Journal | None) -> Iterator[None]:
-        word = ticket or journal
+        word = journal or ticket  # the router's own, where another one's ticket stands in the body
         key = (http_id, ticket.side if ticket else "", word.attempt if word else 0)
         if key in self._live:
             raise Conflict(f"a request with the {REQUEST_ID_HEADER} {http_id} is running")
@@ -310,10 +310,8 @@ class _Api:
         """Abort by ``rid``, or by x-request-id where a call has no rid. Unknown ones are no error: it may be over. Our
         router means one attempt: the next may be here already.
         """
-        rid, only = (
-            sglang.abort(await read_body(scope, receive, self._max_body)),
-            self._word(scope, ATTEMPT_HEADER, int),
-        )
+        rid = sglang.abort(await read_body(scope, receive, self._max_body))
+        only = self._word(scope, ATTEMPT_HEADER, int)
         for (http_id, _, attempt), call in self._live.items():
             if rid in (call.rid, http_id) and only in (None, attempt):
                 self._service.abort([job.request for job in call.jobs])

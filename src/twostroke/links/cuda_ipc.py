@@ -39,7 +39,7 @@ class CudaIpcLink(CopyingLink[PeerPool]):
     def close(self) -> None:
         """See ``Link.close``."""
         super().close()
-        with releasing("the link's stream"), current(self._device):
+        with releasing("the link's streams"), current(self._device):
             for stream in self._streams:
                 call(runtime.cudaStreamDestroy(stream))
 
