@@ -1,6 +1,7 @@
 """A tier in use: how fast it is taken to be, and when it is tried again."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -46,7 +47,7 @@ async def test_a_tiers_first_read_is_not_its_speed() -> None:
         known = []
         for _ in range(2):
             assert await stage.get(SOME[:2], Taken()) == 2
-            known.append(stage.reads.rate is not None)
+            known.append(stage.reads.rate(time.monotonic()) is not None)
         assert known == [False, True]
 
 
@@ -54,21 +55,19 @@ async def test_a_stall_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody loads from a tier that is too slow; a few blocks are read for nobody, but not before the stall is old."""
     tier = Delayed()
     async with staged(tier) as stage:
-        await stage.get(SOME[:2], Taken())
-        tier.seconds = 0.2
-        await stage.get(SOME[:2], Taken())
-        stalled, tier.seconds = stage.reads.rate, 0.0
+        for tier.seconds in (0.0, 0.2):
+            await stage.get(SOME, Taken())
+        stalled, tier.seconds = stage.reads.rate(time.monotonic()), 0.0
         assert stalled is not None
-        assert stalled < 2 / 0.2
+        assert stalled < len(SOME) / 0.2
         stage.explore(SOME)
         await asyncio.sleep(0)
         assert len(tier.reads) == 2, "it was measured just now"
         monkeypatch.setattr(choice, "OLD_SECONDS", 0.0)
         for _ in range(3):
             stage.explore(SOME)  # one at a time
-        await until(lambda: stage.reads.rate != stalled)
-        assert (stage.reads.rate or 0) > 10 * stalled
-        assert tier.reads == [2, 2, 8]
+        await until(lambda: (stage.reads.rate(time.monotonic()) or 0) > 10 * stalled)
+        assert tier.reads == [len(SOME)] * 3
 
 
 async def test_a_tier_that_opens_but_hangs_is_tried_less_and_less_often() -> None:

@@ -317,12 +317,23 @@ async def test_loading_that_takes_longer_than_computing_is_not_done(model: Path)
     async with bench(model, only(MemoryTier())) as one:
         await fill(one)
         for _ in range(2):
-            one.offload.store.stages[0].reads.measured(1, 1, time.monotonic())  # blocks, seconds
+            one.offload.store.stages[0].reads.measured(8, 8, time.monotonic())  # blocks, seconds
         one.rig.engine._speed = 4000.0  # tokens a second
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
         (stamp,) = stamps(one)
         assert stamp["loaded_blocks"] == 0
         assert stamp["why"] == "to load a block takes 1e+03 ms, to compute it 1 ms"
+
+
+async def test_few_blocks_that_a_producer_has_written_are_loaded_though_a_call_takes_long(model: Path) -> None:
+    """What a call takes beside its blocks says nothing of the many that are about to come."""
+    async with bench(model, only(MemoryTier())) as one:
+        for _ in range(2):
+            one.offload.store.stages[0].reads.measured(1, 0.0015, time.monotonic())  # blocks, seconds
+        one.rig.engine._speed = 4000.0  # tokens a second: 1 ms a block
+        assert one.offload.store.batch > 1
+        assert one.offload._worthwhile([0], more=False)[0] == 0
+        assert one.offload._worthwhile([0], more=True)[0] == 1
 
 
 class Slow(HostTier):
@@ -358,7 +369,7 @@ async def test_a_tier_that_was_slow_is_loaded_from_once_it_is_fast(
             if prompt == PROMPTS[1]:
                 await until(lambda: stage._exploration is not None and stage._exploration.done())
                 tier.seconds = 0.0
-        await until(lambda: (stage.reads.rate or 0) > 100)
+        await until(lambda: (stage.reads.rate(time.monotonic()) or 0) > 100)
         assert await one.tokens(request(PROMPTS[3], COUNT)) == generate(model, PROMPTS[3], COUNT)
         assert [*loaded, stamps(one)[-1]["loaded_blocks"]] == [8, 0, 0, 8]
 

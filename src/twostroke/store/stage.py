@@ -10,7 +10,7 @@ import msgspec
 
 from twostroke.kv.keys import BlockKey
 from twostroke.messages import TierReport
-from twostroke.store.choice import Average
+from twostroke.store.choice import Speed
 from twostroke.store.format import Sealed
 from twostroke.store.tier import Source, Target, Tier, TierFailed
 
@@ -19,7 +19,6 @@ Result = TypeVar("Result")
 
 LOOKUP_SECONDS = 1.0  # a request is not admitted before it was looked up
 OPEN_SECONDS = 60.0  # a tier that has not opened by then is tried again later
-_EXPLORED = 8  # blocks: enough for a tier's threads, and few beside what requests read
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 1.0, 60.0  # seconds
 
 
@@ -30,8 +29,8 @@ class Stage:
         """``patience``: seconds that any call may take."""
         self.tier = tier
         self.name = tier.name
-        self.reads = Average()  # blocks a second
-        self.writes = Average()
+        self.reads = Speed()
+        self.writes = Speed()
         self._block_bytes = block_bytes
         self._patience = patience
         self._reason: str | None = "not opened"
@@ -82,11 +81,11 @@ class Stage:
         return got
 
     def explore(self, keys: Sequence[BlockKey]) -> None:
-        """It was too slow for anybody to load these blocks, and only loads measure it: lest that last for ever, read a
-        few of them for nobody, beside the requests, once the latest measurement is old. Does not wait.
+        """It was too slow for anybody to load these blocks, and only loads measure it: lest that last for ever, read
+        them for nobody, beside the requests, once the latest measurement of so many is old. Does not wait.
         """
-        if self.reads.old(time.monotonic()) and (self._exploration is None or self._exploration.done()):
-            self._exploration = asyncio.create_task(self.get(keys[:_EXPLORED], _Nowhere()))
+        if self.reads.old(len(keys), time.monotonic()) and (self._exploration is None or self._exploration.done()):
+            self._exploration = asyncio.create_task(self.get(keys, _Nowhere()))
 
     async def put(self, keys: Sequence[BlockKey], source: Source) -> int:
         """How many of the blocks it has now."""

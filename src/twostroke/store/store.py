@@ -4,6 +4,7 @@ background; a prefix is looked up in all tiers at once, and each of its blocks c
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -144,7 +145,7 @@ class Store:
                 idle.set()
                 await wake.wait()
             wake.clear()
-            most = self.reach(self.stages[level].writes.rate)
+            most = self.reach(self.stages[level].writes.rate(time.monotonic()))
             batch = [pending.popitem(last=False)[0] for _ in range(min(most, len(pending)))]
             await self._write(level, batch, origin)
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
@@ -158,6 +159,7 @@ class _Load:
         self.tiers: dict[str, int] = {}  # how many came from which
         self.why = ""
         self.seconds = 0.0  # that tiers took
+        self.follows = False  # a producer, which is yet to write the blocks behind these
 
     def came(self, count: int, tier: str) -> None:
         """So many more blocks are in their slots."""
@@ -287,10 +289,11 @@ class Offload:
         """As much of what is in the store as is worth it."""
         while load.have < len(load.where):
             level, have = load.where[load.have], load.have
-            count, load.why = self._worthwhile(load.where[have:])
+            count, load.why = self._worthwhile(load.where[have:], more=load.follows)
             if not count:
                 beyond = zip(load.keys[have:], load.where[have:], strict=False)
-                self.store.stages[level].explore([key for key, place in beyond if place == level])
+                same = [key for key, place in beyond if place == level]
+                self.store.stages[level].explore(same[: self._batch(level)])
                 break
             end = have + next((i for i, other in enumerate(load.where[have : have + count]) if other != level), count)
             end = min(end, have + self._batch(level))
@@ -311,6 +314,7 @@ class Offload:
         the producer is not there any more.
         """
         quiet = asked = at_work = time.monotonic()
+        load.follows = True
         while load.have < len(load.keys):
             load.where = [*load.where[: load.have], *[0] * (load.have - len(load.where))]
             load.where += await self.store.find(load.keys[load.have : load.have + self.store.batch], wanted=False)
@@ -349,9 +353,16 @@ class Offload:
             why=load.why,
         )
 
-    def _worthwhile(self, where: Sequence[int]) -> tuple[int, str]:
-        rates = [stage.reads.rate for stage in self.store.stages]
-        return choose([None if not rates[level] else 1 / (rates[level] or 1) for level in where], self._compute_seconds)
+    def _worthwhile(self, where: Sequence[int], *, more: bool) -> tuple[int, str]:
+        """How many of the blocks to load, each from the tier where it is; ``more`` are about to come, so that a call
+        for few of them takes no longer because they are few.
+        """
+        loads, now = dict[int, float | None](), time.monotonic()
+        for level, count in Counter(where).items():
+            blocks = self._batch(level) if more else min(count, self._batch(level))
+            seconds = self.store.stages[level].reads.seconds(blocks, now)
+            loads[level] = None if seconds is None else seconds / blocks
+        return choose([loads[level] for level in where], self._compute_seconds)
 
     @property
     def _compute_seconds(self) -> float | None:
@@ -360,7 +371,7 @@ class Offload:
         return self.store.block_bytes / speed if speed else None
 
     def _batch(self, level: int) -> int:
-        rate = self.store.stages[level].reads.rate
+        rate = self.store.stages[level].reads.rate(time.monotonic())
         return self.store.reach(rate) if rate else _TRIAL_BLOCKS
 
     async def _fetch(self, level: int, keys: Sequence[BlockKey], slots: Sequence[Slot]) -> int:
