@@ -25,9 +25,9 @@ import numpy as np
 from benchmarks import store_service, store_serving
 from benchmarks.common import Row, report, row, seconds
 from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, key, timed
+from twostroke.kv.direct import PAGE, aligned, open_direct, pages, read_at, write_at
 from twostroke.kv.keys import block_keys, root_key
 from twostroke.kv.memory import PoolMemory
-from twostroke.store.direct import PAGE, aligned, open_direct, pages, read_at, write_at
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.eviction import POLICIES, Policy

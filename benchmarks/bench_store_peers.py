@@ -43,8 +43,8 @@ from benchmarks import peers
 from benchmarks.common import RESULTS, machine, seconds
 from benchmarks.servers import free_port
 from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, key
+from twostroke.kv.direct import aligned, open_direct, pages, read_at, write_at
 from twostroke.kv.memory import PoolMemory
-from twostroke.store.direct import aligned, open_direct, pages, read_at, write_at
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier

@@ -19,6 +19,7 @@ Schedule = Literal["concurrent", "serial"]
 Policy = Literal["prefix-aware", "least-loaded", "round-robin"]
 OnLoss = Literal["continue", "error"]  # of the worker that streams an answer
 LinkChoice = Literal["auto", "shm", "cuda-ipc", "nixl", "tcp", "store"]
+GdsChoice = Literal["auto", "on", "off"]
 EvictionPolicy = Literal["lru", "s3-fifo"]
 LoadFormat = Literal["auto", "dummy"]  # read the weights, or make random ones from config.json alone
 
@@ -112,6 +113,7 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_batch: int = 256  # sequences in one step
     token_budget: int | None = None  # tokens in one step: decodes first, then prefill chunks; None is TOKEN_BUDGET
     threads: int = 0  # of the matrix products; 0 is all cores
+    gds: GdsChoice = "auto"  # whether a GPU reads and writes tiers in files by itself
 
 
 class WorkerConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ from typing import Literal
 from cyclopts import Parameter
 
 from twostroke import config
-from twostroke.config import EngineConfig, EvictionPolicy, LoadFormat, parse_size
+from twostroke.config import EngineConfig, EvictionPolicy, GdsChoice, LoadFormat, parse_size
 from twostroke.errors import StartupError
 
 
@@ -36,11 +36,13 @@ class EngineOptions:
     threads: int | None = None
     "CPU threads of each worker. [default: all; up divides them]"
     store: str | None = None
-    "Each worker's tiers below its pool: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
+    "Tiers: host:8GiB,disk:/path:1TiB,dir:/path,service:host:port."
     tenant_quota: str | None = None
     "Bytes of one cache_salt (or API key) in each tier."
     eviction: EvictionPolicy = "lru"
     "Which blocks go first."
+    gds: GdsChoice = "auto"
+    "GPUDirect Storage."
 
     def config(self) -> EngineConfig:
         """The engine's configuration.
@@ -67,6 +69,7 @@ class EngineOptions:
             max_batch=self.max_batch,
             token_budget=self.chunk_size,
             threads=self.threads or 0,
+            gds=self.gds,
         )
 
     def quota(self) -> int | None:

@@ -100,7 +100,7 @@ def serve_arguments(plan: Plan, config: UpConfig) -> list[str]:
         *("--device", plan.device, "--gpu-memory-utilization", str(plan.utilization), "--threads", str(plan.threads)),
         *("--dtype", engine.dtype, "--load-format", engine.load_format),
         *("--block-size", str(engine.block_tokens), "--max-batch", str(engine.max_batch)),
-        *("--link", config.link),
+        *("--link", config.link, "--gds", engine.gds),
         *(part for name, value in optional.items() if value is not None for part in (name, str(value))),
     ]
 

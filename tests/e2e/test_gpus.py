@@ -47,15 +47,24 @@ async def test_in_bfloat16_disaggregated_is_colocated(tmp_path: Path, reference:
             assert {(await system.info(session, name))["link"] for name in ROLES} == {link}
 
 
-@pytest.mark.parametrize("link", ["auto", "store"])
-async def test_blocks_go_through_host_memory_and_a_cache_service(
-    tmp_path: Path, reference: Reference, link: str
-) -> None:
+@pytest.mark.parametrize(
+    ("link", "store"),
+    [
+        ("auto", "host:256MiB,service:127.0.0.1:{port}"),
+        ("store", "service:127.0.0.1:{port}"),
+        ("auto", "disk:{path}:1GiB --gds off"),
+        ("auto", "disk:{path}:1GiB --gds on"),
+        ("store", "dir:{path} --gds on"),
+    ],
+)
+async def test_blocks_go_through_tiers(tmp_path: Path, reference: Reference, link: str, store: str) -> None:
     """Whether loading them is worth it or not: a pool that is too small for all prompts, asked again and again."""
+    if store.endswith("on"):
+        pytest.importorskip("kvikio")
     laws, port = reference.prompts()[-1], free_port()
     prompts = [laws[:1500], laws[1000:2400], laws[2100:3300]]
-    store = ["--store", f"host:256MiB,service:127.0.0.1:{port}" if link == "auto" else f"service:127.0.0.1:{port}"]
-    engine = [*FLOAT32, "--chunk-size", "512", "--kv-memory", "84MiB", "--link", link, *store]
+    tiers = store.format(port=port, path=tmp_path / "files").split()
+    engine = [*FLOAT32, "--chunk-size", "512", "--kv-memory", "84MiB", "--link", link, "--store", *tiers]
     with (
         process(tmp_path / "kv", port, "512MiB", "1GiB"),
         launch(tmp_path, ROLES, engine=engine, router=HAND_OVER) as system,

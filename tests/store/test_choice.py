@@ -4,34 +4,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostroke.store.choice import OLD_SECONDS, Average, Speed, choose
+from twostroke.store.choice import OLD_SECONDS, Average, Run, Speed, choose
+
+
+def runs(*loads: float | None) -> list[Run]:
+    """One block each."""
+    return [Run(1, load) for load in loads]
 
 
 def test_loading_that_is_quicker_is_done_and_slower_is_not() -> None:
-    assert choose([0.1, 0.1], 1.0).blocks == 2
-    assert choose([2.0, 2.0], 1.0).blocks == 0
+    assert choose([Run(2, 0.1)], 1.0).blocks == 2
+    assert choose([Run(2, 2.0)], 1.0).blocks == 0
     assert choose([], 1.0).blocks == 0
 
 
 def test_only_the_first_blocks_if_that_is_best() -> None:
     """Half in memory, half in a slow tier; or a slow block that quick ones behind it make up for."""
-    assert choose([0.1, 0.1, 5.0, 5.0], 1.0).blocks == 2
-    assert choose([5.0, 0.1, 0.1, 0.1, 0.1, 0.1], 1.0).blocks == 6
-    assert choose([0.5, 5.0, 0.1, 3.0], 1.0).blocks == 1
+    assert choose([Run(2, 0.1), Run(2, 5.0)], 1.0).blocks == 2
+    assert choose([Run(1, 5.0), Run(5, 0.1)], 1.0).blocks == 6
+    assert choose(runs(0.5, 5.0, 0.1, 3.0), 1.0).blocks == 1
 
 
 def test_what_nobody_knows_is_tried() -> None:
-    assert choose([None, None], 1.0).blocks == 2
-    assert choose([0.1], None) == (1, "prefill is not measured yet")
-    assert "unmeasured" in choose([None], 1.0).why
+    assert choose([Run(2, None)], 1.0).blocks == 2
+    assert choose(runs(0.1), None) == (1, "prefill is not measured yet")
+    assert "unmeasured" in choose(runs(None), 1.0).why
+    assert "takes 200 ms" in choose([Run(3, 0.1), Run(1, 0.5), Run(7, None)], 1.0).why
 
 
-@given(st.lists(st.floats(0, 10), max_size=12), st.floats(0.01, 5))
-def test_never_slower_than_any_other_choice(loads: list[float], compute: float) -> None:
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0, 10)), max_size=8), st.floats(0.01, 5))
+def test_never_slower_than_any_other_choice(given: list[tuple[int, float]], compute: float) -> None:
+    loads = [seconds for blocks, seconds in given for _ in range(blocks)]
+
     def seconds(count: int) -> float:
         return sum(loads[:count]) + compute * (len(loads) - count)
 
-    best = choose(loads, compute).blocks
+    best = choose([Run(*run) for run in given], compute).blocks
     assert seconds(best) <= min(seconds(count) for count in range(len(loads) + 1)) + 1e-6
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.store.blocks import FINGERPRINT, keys
-from twostroke.store.direct import PAGE, aligned, is_aligned
-from twostroke.store.format import seal, verify
+from twostroke.kv.direct import PAGE, aligned, is_aligned
+from twostroke.store.format import Sealed, seal, verify
 from twostroke.store.segment import Segment
 
 LAYOUT = bytes.fromhex(FINGERPRINT)
@@ -22,11 +22,12 @@ def test_blocks_come_back_wherever_they_were_in_memory(tmp_path: Path, size: int
     directory = os.open(tmp_path, os.O_RDONLY)
     segment = Segment.create(directory, "000000.segment", 3, size, LAYOUT)
     for slot, (one, payload) in enumerate(zip(keys(1, 2, 3), payloads, strict=True)):
-        segment.write(slot, one, seal(payload))
+        segment.payload(slot).write(payload)
+        segment.label(slot, one, seal(payload).digest)
     segment.commit(range(3))
     segment.close()
     again = Segment.open(directory, "000000.segment", size, LAYOUT)
     for slot, (one, payload) in enumerate(zip(keys(1, 2, 3), payloads, strict=True)):
-        assert verify(again.read(slot, one)).payload == payload
+        assert verify(Sealed(again.payload(slot).read(), again.digest(slot, one))).payload == payload
     again.close()
     os.close(directory)

@@ -142,13 +142,19 @@ class Engine:
     # -- jobs ----------------------------------------------------------------------------------------------------
 
     def submit(
-        self, request: Request, *, loads: bool = False, reloads: bool = False, exports: Lease | None = None
+        self,
+        request: Request,
+        *,
+        loads: bool = False,
+        reloads: bool = False,
+        exports: Lease | None = None,
+        keys: Seq[BlockKey] = (),
     ) -> Job:
         """Queue a request. ``loads``: once it has slots, wait for ``loaded`` and ``resume``; ``reloads``: also whenever
-        it has slots again after it was preempted.
+        it has slots again after it was preempted. ``keys``: of its first blocks, as far as they are known.
         """
         root = root_key(self.model.layout.fingerprint, request.salt)
-        job = Job(Sequence(request, root, loads=loads, reloads=reloads, exports=exports))
+        job = Job(Sequence(request, root, loads=loads, reloads=reloads, exports=exports, keys=keys))
         with self._lock:
             self._jobs[job.sequence] = job
             self.scheduler.add(job.sequence)

@@ -17,6 +17,7 @@ computed before its id is known to us, since the device knows it. If it turns ou
 import bisect
 from collections import deque
 from collections.abc import Collection
+from collections.abc import Sequence as Seq
 from enum import Enum
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Sequence:
         loads: bool = False,
         reloads: bool = False,
         exports: Lease | None = None,
+        keys: Seq[BlockKey] = (),
     ) -> None:
         self.request = request
         self.root = root  # parent key of the first block
@@ -61,7 +63,7 @@ class Sequence:
         self.reloads = reloads  # the same whenever it is admitted again after it was preempted
         self.exports = exports  # also holds every prompt block as soon as it is computed; outlives the sequence
         self.tokens = [*request.prompt, *request.output]
-        self.keys: list[BlockKey] = []  # of full blocks of ``tokens``, as far as they were needed
+        self.keys = list(keys)  # of full blocks of ``tokens``, as far as they were needed
         self.lease: Lease | None = None
         self.computed = 0  # tokens
         self.scheduled = 0  # tokens that are computed, or will be by the steps in flight

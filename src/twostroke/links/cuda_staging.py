@@ -11,6 +11,8 @@ from twostroke.kv.cuda_digest import Digests
 from twostroke.kv.cuda_memory import call
 from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
+from twostroke.links.cuda_files import CudaFiles
+from twostroke.links.staging import Files
 
 
 class CudaStaging:
@@ -19,8 +21,10 @@ class CudaStaging:
     Digests are the GPU's work: what went over the link both ways is covered, and no core reads it for that.
     """
 
-    def __init__(self, slots: torch.Tensor) -> None:
-        """``slots``: ``uint8 [num_slots, block_bytes]``, contiguous on a GPU, which this thread will be on."""
+    def __init__(self, slots: torch.Tensor, *, files: bool = False) -> None:
+        """``slots``: ``uint8 [num_slots, block_bytes]``, contiguous on a GPU, which this thread will be on. ``files``:
+        whether it is to read and write files by itself.
+        """
         self._slots = slots
         self._size = slots.shape[1]
         call(runtime.cudaSetDevice(slots.device.index))
@@ -29,6 +33,7 @@ class CudaStaging:
         self._own_address = addresses(self._own.data_ptr(), [0], self._size)
         self._sizes = np.full(Digests.MOST, self._size, np.uint64)
         self._digests: Digests | None = None  # links do without
+        self.files: Files | None = CudaFiles(slots, self._stream) if files else None
 
     def load(self, slot: Slot) -> memoryview:
         """See ``Staging.load``."""

@@ -8,13 +8,41 @@ import numpy as np
 import torch
 import xxhash
 
+from twostroke.config import GdsChoice
 from twostroke.kv.copying import copy
+from twostroke.kv.direct import Extent
 from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
 
 
+class Files(Protocol):
+    """Moves blocks between files and memory of its own that lies beside the slots, for one thread."""
+
+    def read(self, extent: Extent) -> bytes | None:
+        """Read a block's payload, and what is in front of it. Its xxh3-128; None if this does not work here.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        ...
+
+    def store(self, slot: Slot) -> None:
+        """What was read is copied into the slot when this returns."""
+        ...
+
+    def load(self, slot: Slot) -> bytes:
+        """Copy a slot's block, to ``write`` it; its xxh3-128."""
+        ...
+
+    def write(self, extent: Extent) -> bool:
+        """Write it, and what is in front of it. False if this does not work here. ``OSError``."""
+        ...
+
+
 class Staging(Protocol):
     """Access to slots for one thread: one through memory of its own, or several from and to other memory."""
+
+    files: Files | None  # a way past the host's memory, where there is one
 
     def load(self, slot: Slot) -> memoryview:
         """The slot's bytes. Good until the next call."""
@@ -39,6 +67,8 @@ class Staging(Protocol):
 
 class HostStaging:
     """Slots in host memory: read and written in place."""
+
+    files: Files | None = None
 
     def __init__(self, slots: Bytes) -> None:
         self._slots = slots
@@ -69,12 +99,16 @@ def _copied(target: Bytes, source: Bytes) -> bytes:
     return digest
 
 
-def staging(slots: torch.Tensor) -> Callable[[], Staging]:
-    """Makes access to a pool, ``uint8 [num_slots, block_bytes]``, for each who asks."""
+def staging(slots: torch.Tensor, gds: GdsChoice = "off") -> Callable[[], Staging]:
+    """Makes access to a pool, ``uint8 [num_slots, block_bytes]``, for each who asks. ``gds``: whether a GPU shall read
+    and write files by itself. ``StartupError`` if it shall, and cannot.
+    """
     if slots.is_cuda:
+        from twostroke.links.cuda_files import wanted
         from twostroke.links.cuda_staging import CudaStaging  # it needs what only a GPU's machine has
 
-        return lambda: CudaStaging(slots)
+        files = wanted(gds)
+        return lambda: CudaStaging(slots, files=files)
     return lambda: HostStaging(slots.numpy())
 
 

@@ -68,6 +68,13 @@ class Speed:
         return {size: one for size, one in self._sizes.items() if not one.old(now)} or self._sizes
 
 
+class Run(NamedTuple):
+    """Blocks behind each other that take equally long to load."""
+
+    blocks: int
+    seconds: float | None  # each; None if nobody knows yet
+
+
 class Choice(NamedTuple):
     """How many of the blocks to load, and why, for people."""
 
@@ -75,20 +82,22 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(loads: Sequence[float | None], compute: float | None) -> Choice:
+def choose(loads: Sequence[Run], compute: float | None) -> Choice:
     """How many of the first blocks to load so that loading them and computing the others takes the least time.
 
     Args:
-        loads: seconds to load each block in turn; ``None`` if nobody knows yet.
+        loads: the blocks, in order.
         compute: seconds to compute one; ``None`` if nobody knows yet.
     """
     if compute is None:
-        return Choice(len(loads), "prefill is not measured yet")
-    best, saved, most = 0, 0.0, 0.0
-    for index, load in enumerate(loads):
-        saved += compute - (load or 0.0)
+        return Choice(sum(run.blocks for run in loads), "prefill is not measured yet")
+    best, saved, most, count = 0, 0.0, 0.0, 0
+    for blocks, seconds in loads:
+        saved += blocks * (compute - (seconds or 0.0))
+        count += blocks
         if saved >= most:
-            best, most = index + 1, saved
-    known = [load for load in loads if load is not None]
-    speed = f"{1e3 * sum(known) / len(known):.3g} ms" if known else "unmeasured"
+            best, most = count, saved
+    known = [(blocks, seconds) for blocks, seconds in loads if seconds is not None]
+    mean = sum(blocks * seconds for blocks, seconds in known) / (sum(blocks for blocks, _ in known) or 1)
+    speed = f"{1e3 * mean:.3g} ms" if known else "unmeasured"
     return Choice(best, f"to load a block takes {speed}, to compute it {1e3 * compute:.3g} ms")

@@ -24,10 +24,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from twostroke.kv.copying import copy
+from twostroke.kv.direct import NO_ROOM, PAGE, Extent, File, aligned, open_direct, pages
 from twostroke.kv.keys import NOBODY, BlockKey, tenant_of
-from twostroke.store.direct import NO_ROOM, PAGE, aligned, open_direct, pages, read_at, write_at
-from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, pack, unpack, verify
+from twostroke.store.format import HEADER_BYTES, Corrupt, Header, check, pack, unpack
 from twostroke.store.inspection import SharedFolder, key_of
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage, leading
@@ -100,10 +99,9 @@ class DirectoryTier:
 
         def fetch(index: int) -> bool | Corrupt | OSError:
             try:
-                block = self._read(keys[index])
+                return self._fetch(keys[index], target, index)
             except (Corrupt, OSError) as error:
                 return error
-            return target.place(index, block)
 
         results = await self._threads.each(fetch, len(keys))
         now = time.monotonic()
@@ -255,36 +253,32 @@ class DirectoryTier:
             return False
         return True
 
-    def _read(self, key: BlockKey) -> Sealed:
-        fd = open_direct(str(self._folder.file(key)), os.O_RDONLY)
+    def _fetch(self, key: BlockKey, target: Target, index: int) -> bool:
+        file, page = File(open_direct(str(self._folder.file(key)), os.O_RDONLY)), self._page()
+
+        def digest() -> bytes:
+            header = unpack(page[:HEADER_BYTES])
+            check(header, key, self._fingerprint, self._block_bytes)
+            return header.digest
+
         try:
-            if os.fstat(fd).st_size != self._file_bytes:
+            if os.fstat(file.fd).st_size != self._file_bytes:
                 raise Corrupt("the file has another size")
-            buffer = self._buffer()
-            read_at(fd, buffer, 0)
+            return target.fetch(index, Extent(file, PAGE, self._block_bytes, page), digest)
         finally:
-            os.close(fd)
-        header = unpack(buffer[:HEADER_BYTES])
-        check(header, key, self._fingerprint, self._block_bytes)
-        return verify(Sealed(buffer[PAGE : PAGE + self._block_bytes], header.digest))
+            file.close()
 
     def _store(self, key: BlockKey, source: Source, index: int, new: Collection[BlockKey]) -> bool:
         if self._exists(key):
             self._known.setdefault(key, 0.0)
             return True
-        block = source.block(index) if key in new else None
-        if block is None:
+        if key not in new:
             return False
-        buffer = self._buffer()
-        buffer[:HEADER_BYTES] = pack(Header(key, self._fingerprint, self._block_bytes, int(time.time()), block.digest))
-        copy(buffer[PAGE : PAGE + self._block_bytes], block.payload)
         temporary, file = self._path / "tmp" / uuid.uuid4().hex, self._folder.file(key)
         try:
-            fd = open_direct(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                write_at(fd, buffer, 0)
-            finally:
-                os.close(fd)
+            if not self._write(temporary, key, source, index):
+                temporary.unlink(missing_ok=True)
+                return False
             try:
                 temporary.rename(file)
             except FileNotFoundError:
@@ -295,6 +289,18 @@ class DirectoryTier:
             raise
         self._known[key] = time.monotonic()
         return True
+
+    def _write(self, path: Path, key: BlockKey, source: Source, index: int) -> bool:
+        """A new file with the block. False: it is not to be had."""
+        file, page = File(open_direct(str(path), os.O_RDWR | os.O_CREAT | os.O_EXCL)), self._page()
+
+        def head(digest: bytes) -> None:
+            page[:HEADER_BYTES] = pack(Header(key, self._fingerprint, self._block_bytes, int(time.time()), digest))
+
+        try:
+            return source.save(index, Extent(file, PAGE, self._block_bytes, page), head) is not None
+        finally:
+            file.close()
 
     def _mark(self, keys: Sequence[BlockKey]) -> None:
         for key in keys:
@@ -321,11 +327,12 @@ class DirectoryTier:
         for file in sorted(bad.iterdir(), key=_age)[_MOST_BAD:]:
             file.unlink(missing_ok=True)
 
-    def _buffer(self) -> memoryview:
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = aligned(self._file_bytes)
-        buffer: memoryview = self._local.buffer
-        return buffer
+    def _page(self) -> memoryview:
+        """This thread's, for a header."""
+        if not hasattr(self._local, "page"):
+            self._local.page = aligned(PAGE)
+        page: memoryview = self._local.page
+        return page
 
 
 def _list(path: Path) -> list[str]:

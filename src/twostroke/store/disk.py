@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from twostroke.errors import MemoryTooSmall
+from twostroke.kv.direct import NO_ROOM, PAGE, Extent
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import NO_ROOM, PAGE
 from twostroke.store.eviction import Lru, Policy
-from twostroke.store.format import Corrupt, Sealed
+from twostroke.store.format import Corrupt
 from twostroke.store.segment import Segment
 from twostroke.store.slots import SlotTier
 
@@ -111,15 +111,20 @@ class _Folder:
         self._add(segment)
         return self.size()
 
-    def read(self, slot: int, key: BlockKey) -> Sealed:
-        """See ``Device.read``."""
+    def payload(self, slot: int) -> Extent:
+        """See ``Device.payload``."""
         segment, at = self._places[slot]
-        return segment.read(at, key)
+        return segment.payload(at)
 
-    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """See ``Device.write``."""
+    def digest(self, slot: int, key: BlockKey) -> bytes:
+        """See ``Device.digest``."""
         segment, at = self._places[slot]
-        segment.write(at, key, block)
+        return segment.digest(at, key)
+
+    def label(self, slot: int, key: BlockKey, digest: bytes) -> None:
+        """See ``Device.label``."""
+        segment, at = self._places[slot]
+        segment.label(at, key, digest)
 
     def commit(self, slots: Sequence[int]) -> None:
         """See ``Lasting.commit``."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from twostroke.errors import StartupError
+from twostroke.kv.direct import PAGE, aligned, open_direct, read_at
 from twostroke.kv.keys import KEY_BYTES, BlockKey
-from twostroke.store.direct import PAGE, aligned, open_direct, read_at
 from twostroke.store.disk import SUFFIX, lock, unowned
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, Sealed, check, unpack, verify
 from twostroke.store.segment import Segment
@@ -100,7 +100,8 @@ class DiskFolder:
             try:
                 with _Opened(self.path, file.name, bytes.fromhex(self.fingerprint)) as segment:
                     for slot, header in segment.headers():
-                        error = _error(lambda: segment.read(slot, header.key)) if verified else None  # noqa: B023
+                        read = lambda: Sealed(segment.payload(slot).read(), header.digest)  # noqa: B023, E731
+                        error = _error(read) if verified else None
                         yield file.name, slot, Entry(header.key, header.length, header.written, header.pinned, error)
             except Corrupt as broken:
                 yield file.name, None, Entry(b"", 0, 0.0, error=f"{file.name}: {broken}")

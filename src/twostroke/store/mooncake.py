@@ -16,8 +16,8 @@ import numpy as np
 
 from twostroke import config
 from twostroke.kv.copying import copy
+from twostroke.kv.direct import aligned
 from twostroke.kv.keys import BlockKey
-from twostroke.store.direct import aligned
 from twostroke.store.format import HEADER_BYTES, Corrupt, Header, pack, unseal
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Source, Target, TierFailed, Usage, leading

@@ -23,9 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from twostroke.kv.copying import copy
+from twostroke.kv.direct import PAGE, Extent, File, aligned, open_direct, pages, read_at, write_at
 from twostroke.kv.keys import KEY_BYTES, BlockKey
-from twostroke.store.direct import PAGE, aligned, is_aligned, open_direct, pages, read_at, write_at
 from twostroke.store.format import (
     FIELDS,
     HEADER_BYTES,
@@ -34,7 +33,6 @@ from twostroke.store.format import (
     VERSION,
     Corrupt,
     Header,
-    Sealed,
     check,
     pack,
     unpack,
@@ -55,18 +53,17 @@ class Index(NamedTuple):
 
 
 class Segment:
-    """One open segment file. ``read`` and ``write`` may be called from several threads, for different slots."""
+    """One open segment file. All methods may be called from several threads, for different slots."""
 
     def __init__(self, fd: int, slots: int, block_bytes: int, fingerprint: bytes, table: memoryview) -> None:
         """``table``: its first pages, up to the slots."""
         self.slots = slots
-        self._fd = fd
+        self._file = File(fd)
         self._block_bytes = block_bytes
         self._fingerprint = fingerprint
         self._table = table
         self._stride = pages(block_bytes)
         self._lock = threading.Lock()  # of the table: several slots share a page
-        self._local = threading.local()
 
     @staticmethod
     def file_bytes(slots: int, block_bytes: int) -> int:
@@ -146,7 +143,7 @@ class Segment:
     @property
     def removed(self) -> bool:
         """Whether its file has no name any more: nobody would find it at the next start."""
-        return os.fstat(self._fd).st_nlink == 0
+        return os.fstat(self._file.fd).st_nlink == 0
 
     def index(self) -> Index:
         """What the headers say. They are verified when they are read: a damaged one may name what is not there."""
@@ -166,28 +163,24 @@ class Segment:
                 found.append((slot, unpack(self._table[at : at + HEADER_BYTES])))
         return found
 
-    def read(self, slot: int, key: BlockKey) -> Sealed:
-        """The block in a slot, not yet verified; good until this thread reads or writes again.
+    def payload(self, slot: int) -> Extent:
+        """Where a slot's payload is in the file."""
+        return Extent(self._file, self._offset(slot), self._block_bytes)
+
+    def digest(self, slot: int, key: BlockKey) -> bytes:
+        """What the payload's digest must be, if this slot has this block.
 
         Raises:
-            Corrupt: it is another one.
-            OSError: it cannot be read.
+            Corrupt: it has another one.
         """
         at = PAGE + slot * HEADER_BYTES
         header = unpack(self._table[at : at + HEADER_BYTES])
         check(header, key, self._fingerprint, self._block_bytes)
-        buffer = self._buffer()
-        read_at(self._fd, buffer, self._offset(slot))
-        return Sealed(buffer[: self._block_bytes], header.digest)
+        return header.digest
 
-    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """Put a block into a slot; it is found after a restart once ``commit`` has returned. ``OSError``."""
-        buffer = block.payload
-        if not is_aligned(buffer):
-            buffer = self._buffer()
-            copy(buffer[: self._block_bytes], block.payload)
-        write_at(self._fd, buffer, self._offset(slot))
-        header = Header(key, self._fingerprint, self._block_bytes, int(time.time()), block.digest)
+    def label(self, slot: int, key: BlockKey, digest: bytes) -> None:
+        """This slot's payload is that of this block; it is found after a restart once ``commit`` has returned."""
+        header = Header(key, self._fingerprint, self._block_bytes, int(time.time()), digest)
         with self._lock:
             self._set(slot, pack(header))
 
@@ -210,11 +203,11 @@ class Segment:
         """Write the headers of these slots. ``OSError``."""
         with self._lock:
             for page in sorted({PAGE + slot * HEADER_BYTES // PAGE * PAGE for slot in slots}):
-                write_at(self._fd, self._table[page : page + PAGE], page)
+                write_at(self._file.fd, self._table[page : page + PAGE], page)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
 
     def _set(self, slot: int, raw: bytes) -> None:
         at = PAGE + slot * HEADER_BYTES
@@ -222,9 +215,3 @@ class Segment:
 
     def _offset(self, slot: int) -> int:
         return PAGE + pages(self.slots * HEADER_BYTES) + slot * self._stride
-
-    def _buffer(self) -> memoryview:
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = aligned(self._block_bytes)
-        buffer: memoryview = self._local.buffer
-        return buffer

@@ -18,12 +18,12 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from twostroke.errors import HandoverFailed, StartupError
+from twostroke.kv.direct import aligned
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind
 from twostroke.links.wire import Listener, Wire
 from twostroke.messages import Manage, Managed, ManagedTier, PoolAddress, TierReport
-from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,

@@ -17,12 +17,12 @@ from typing import TypeVar
 from msgspec import Struct
 
 from twostroke.errors import HandoverFailed, MemoryTooSmall
+from twostroke.kv.direct import aligned
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, PoolMemory, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind, Wanted
 from twostroke.links.wire import Wire
 from twostroke.messages import Manage, Managed, PoolAddress, TierReport
-from twostroke.store.direct import aligned
 from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,

@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
+from twostroke.kv.direct import NO_ROOM, Extent
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes
-from twostroke.store.direct import NO_ROOM
 from twostroke.store.eviction import Policy, Quotas
-from twostroke.store.format import Corrupt, Sealed, verify
+from twostroke.store.format import Corrupt
 from twostroke.store.shelf import Shelf
 from twostroke.store.threads import Threads
 from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage, leading
@@ -52,14 +53,18 @@ class Medium(Protocol):
 
 @runtime_checkable
 class Device(Medium, Protocol):
-    """A medium that blocks are written to and read from."""
+    """A medium that is files."""
 
-    def read(self, slot: int, key: BlockKey) -> Sealed:
-        """The block in a slot, not yet verified; good until this thread's next call. ``Corrupt`` if it is another."""
+    def payload(self, slot: int) -> Extent:
+        """Where a slot's bytes are."""
         ...
 
-    def write(self, slot: int, key: BlockKey, block: Sealed) -> None:
-        """Put a block into a slot."""
+    def digest(self, slot: int, key: BlockKey) -> bytes:
+        """What their digest must be. ``Corrupt`` if another block is there."""
+        ...
+
+    def label(self, slot: int, key: BlockKey, digest: bytes) -> None:
+        """This block was written into the slot."""
         ...
 
 
@@ -284,7 +289,8 @@ class SlotTier:
         results: list[bool | Corrupt | OSError] = []
         for index in run:
             try:
-                results.append(target.place(index, verify(self._device.read(slots[index], keys[index]))))
+                digest = partial(self._device.digest, slots[index], keys[index])
+                results.append(target.fetch(index, self._device.payload(slots[index]), digest))
             except (Corrupt, OSError) as error:
                 results.append(error)
         return results
@@ -300,14 +306,14 @@ class SlotTier:
         assert self._device is not None, "it is one or the other"
         results: list[bool | OSError] = []
         for index, key, slot in jobs:
-            block = source.block(index)
             try:
-                if block is not None:
-                    self._device.write(slot, key, block)
+                digest = source.save(index, self._device.payload(slot))
             except OSError as error:
                 results.append(error)
-            else:
-                results.append(block is not None)
+                continue
+            if digest is not None:
+                self._device.label(slot, key, digest)
+            results.append(digest is not None)
         return results
 
     async def _give_up(self, damaged: Sequence[int], keys: Sequence[BlockKey], slots: Sequence[int]) -> None:

@@ -1,17 +1,18 @@
 """What a tier is: a place that stores whole blocks by key, and decides nothing but what it evicts.
 
 Bytes pass through two narrow ends, so that a tier knows neither pools nor models: it writes what a ``Source`` gives it,
-and gives what it read and verified to a ``Target``; where a tier is memory, source and target do that themselves, in
-that memory. Both are called in a tier's own threads.
+and gives what it read and verified to a ``Target``; where a tier is memory or files, source and target do that
+themselves, there. Both are called in a tier's own threads.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
 from twostroke.kv.copying import copy
+from twostroke.kv.direct import Extent
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes
 from twostroke.messages import PoolAddress
@@ -48,6 +49,15 @@ class Source(Protocol):
             digests.append(block and block.digest)
         return digests
 
+    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] = lambda _digest: None) -> bytes | None:
+        """Write a block into a file, after ``head`` was told its digest: that, or None. ``OSError``."""
+        block = self.block(index)
+        if block is None:
+            return None
+        head(block.digest)
+        extent.write(block.payload)
+        return block.digest
+
     def where(self, index: int) -> Place | None:
         """Where other processes find its bytes; None if they do not. These may change once nobody waits for the tier:
         what was copied from there is a block only if its digest is right.
@@ -75,6 +85,16 @@ class Target(Protocol):
             except Corrupt as error:
                 results.append(error)
         return results
+
+    def fetch(self, index: int, extent: Extent, digest: Callable[[], bytes]) -> bool:
+        """Read a block out of a file, verify and ``place`` it. ``digest``: what it must have, known once it is read.
+
+        Raises:
+            Corrupt: it is damaged, or another one.
+            OSError: it cannot be read.
+        """
+        payload = extent.read()
+        return self.place(index, verify(Sealed(payload, digest())))
 
 
 class Usage(Struct, frozen=True):

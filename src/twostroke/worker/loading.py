@@ -125,7 +125,8 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     offers: list[PoolAddress] = []
     servers: list[NixlServer | TcpServer] = []
     make_access = staging(slots)
-    access = of_thread(make_access)
+    files = any(isinstance(tier, configs.DiskTier | configs.DirectoryTier) for tier in config.store)
+    access = of_thread(staging(slots, settings.gds) if files else make_access)
 
     def slowest() -> float:
         return max(engine.speed, _SLOWEST)

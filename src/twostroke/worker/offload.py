@@ -6,18 +6,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.engine import Admitted, Engine, Job, Update
 from twostroke.errors import EngineFailed, HandoverFailed
 from twostroke.kv.copying import copy, kernel
+from twostroke.kv.direct import Extent
 from twostroke.kv.keys import BlockKey, block_keys, root_key
 from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
 from twostroke.links.staging import Staging
 from twostroke.messages import Output, PoolAddress, Request
-from twostroke.store.choice import choose
+from twostroke.store.choice import Run, choose
 from twostroke.store.format import Corrupt, Sealed, seal
 from twostroke.store.store import Hold, Store
 from twostroke.store.tier import Place, Source, Target
@@ -86,6 +88,20 @@ class SlotsEnd(Source, Target):
         finally:
             self._gate.leave()
 
+    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] = lambda _digest: None) -> bytes | None:
+        """See ``Source.save``."""
+        files = self._staging().files
+        if files is None:
+            return super().save(index, extent, head)
+        if not self._gate.enter():
+            return None
+        try:
+            digest = files.load(self._slots[index])
+        finally:
+            self._gate.leave()
+        head(digest)
+        return digest if files.write(extent) else super().save(index, extent, head)
+
     def where(self, index: int) -> Place | None:
         """See ``Source.where``."""
         return None if self._pool is None else Place(self._pool, self._slots[index])
@@ -114,6 +130,22 @@ class SlotsEnd(Source, Target):
             self._gate.leave()
         both = zip(digests, arrived, strict=True)
         return [wanted == came or Corrupt("its bytes are damaged") for wanted, came in both]
+
+    def fetch(self, index: int, extent: Extent, digest: Callable[[], bytes]) -> bool:
+        """See ``Target.fetch``."""
+        files = self._staging().files
+        came = None if files is None else files.read(extent)
+        if files is None or came is None:
+            return super().fetch(index, extent, digest)
+        if came != digest():
+            raise Corrupt("its bytes are damaged")
+        if not self._gate.enter():
+            return False
+        try:
+            files.store(self._slots[index])
+        finally:
+            self._gate.leave()
+        return True
 
     def close(self) -> None:
         """The slots are neither read nor written any more when this returns."""
@@ -357,12 +389,18 @@ class Offload:
         """How many of the blocks to load, each from the tier where it is; ``more`` are about to come, so that a call
         for few of them takes no longer because they are few.
         """
-        loads, now = dict[int, float | None](), time.monotonic()
-        for level, count in Counter(where).items():
-            blocks = self._batch(level) if more else min(count, self._batch(level))
+        if where.count(where[0]) == len(where):  # as nearly always
+            levels = [(where[0], len(where))]
+        else:
+            levels = [(level, len(list(group))) for level, group in groupby(where)]
+        of_level, loads, now = Counter[int](), list[Run](), time.monotonic()
+        for level, count in levels:
+            of_level[level] += count
+        for level, count in levels:
+            blocks = self._batch(level) if more else min(of_level[level], self._batch(level))
             seconds = self.store.stages[level].reads.seconds(blocks, now)
-            loads[level] = None if seconds is None else seconds / blocks
-        return choose([loads[level] for level in where], self._compute_seconds)
+            loads.append(Run(count, None if seconds is None else seconds / blocks))
+        return choose(loads, self._compute_seconds)
 
     @property
     def _compute_seconds(self) -> float | None:
@@ -396,9 +434,11 @@ class Fetch:
         flight: Flight,
         producer: Writer | None = None,
     ) -> None:
-        """``where``: for each block of the longest prefix that is in the store, the first tier that has it."""
+        """``keys``: of all blocks of the prompt that can be loaded. ``where``: for each of the longest prefix of them
+        that is in the store, the first tier that has it.
+        """
         self._offload = offload
-        self._keys = keys
+        self.keys = keys
         self._producer = producer
         self._where = where
         self._flight = flight
@@ -412,7 +452,7 @@ class Fetch:
     def submitted(self, job: Job) -> None:
         """The request's job waits, or has slots already."""
         if self._where and not job.sequence.slots():  # meanwhile, bring its blocks into the first tier
-            keys = self._keys[: len(self._where)]
+            keys = self.keys[: len(self._where)]
             self._task = asyncio.create_task(self._offload.store.lift(keys, self._where))
 
     def observe(self, job: Job, update: Update) -> None:

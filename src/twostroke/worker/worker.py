@@ -200,7 +200,8 @@ class Worker:
         elif ticket is not None:
             await self._first_choice(request)
         fetch = None if pulls else await self._fetch(request, ticket if consumes else None)
-        job = loaded.engine.submit(request, loads=pulls or bool(fetch and fetch.loads), reloads=fetch is not None)
+        loads, keys = pulls or bool(fetch and fetch.loads), fetch.keys if fetch else ()
+        job = loaded.engine.submit(request, loads=loads, reloads=fetch is not None, keys=keys)
         if pulls and ticket is not None and not ticket.waits and request.prompt_index == 0 and not job.admitted:
             # Whoever routes can choose another worker, and spare the prefill. Later prompts of a batch may wait: they
             # might never fit at once.
