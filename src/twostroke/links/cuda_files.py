@@ -7,11 +7,11 @@ Without the driver of GPUDirect Storage KvikIO copies through host memory ("comp
 tests, and no faster than ours.
 """
 
+import fcntl
 import importlib
 import logging
 import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,17 +54,12 @@ class _Open:
 
     def __init__(self, fd: int) -> None:
         """``fd``: ours, of the same file. ``RuntimeError``."""
-        writes = os.O_ACCMODE & int(_flags(fd), 8) != os.O_RDONLY
+        writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
         self.file: Any = importlib.import_module("kvikio").CuFile(f"/proc/self/fd/{fd}", "r+" if writes else "r")
 
     def close(self) -> None:
         """See ``Closeable``."""
         self.file.close()
-
-
-def _flags(fd: int) -> str:
-    lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
-    return next(line.split()[1] for line in lines if line.startswith("flags:"))
 
 
 class CudaFiles:
