@@ -9,7 +9,17 @@ import msgspec
 import pytest
 from starlette.types import Send
 
-from tests.router.scripted import STREAM, ScriptedWorker, System, hang, json_answer, stream_answer, system, until
+from tests.router.scripted import (
+    STREAM,
+    ScriptedWorker,
+    System,
+    frame,
+    hang,
+    json_answer,
+    stream_answer,
+    system,
+    until,
+)
 from twostroke.api.keys import tenant
 from twostroke.api.server import Timeline
 from twostroke.messages import SECRET_HEADER, TENANT_HEADER, TICKET_HEADER, Abandon
@@ -447,3 +457,34 @@ async def test_keys_are_checked_here_and_workers_told_whose_the_request_is(secre
             assert reply.status != 401
         async with running.client.get("/health") as reply:
             assert reply.status == 200
+
+
+# -- a client that reads slowly --------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_does_not_read_holds_up_its_worker_and_gets_everything_later() -> None:
+    """What has begun is passed on at once as long as the client reads; then it waits, and not in the router."""
+    event, count = b"data: %b\n\n" % (b"x" * 65536), 1000
+    sent = 0
+
+    async def pour(worker: ScriptedWorker, send: Send) -> None:
+        nonlocal sent
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        for nth in range(count):
+            await send({"type": "http.response.body", "body": frame(b"data: %d\n\n" % nth + event), "more_body": True})
+            sent += 1
+        await send({"type": "http.response.body", "body": frame(b"data: [DONE]\n\n"), "more_body": False})
+
+    async with system(0, 0, 1) as running:
+        running.workers[0].answer = pour
+        async with running.client.post(PATH, data=BODY, headers={"x-request-id": "slow"}) as reply:
+            assert reply.status == 200
+            await asyncio.sleep(0.5)
+            held = sent
+            await asyncio.sleep(0.5)
+            assert sent == held, "the worker waits"
+            assert held < count // 2, "and not because it is done"
+            assert (await ask(running, b"{}"))[0] == 200, "nobody else does"
+            body = await reply.read()
+        expected = b"".join(b"data: %d\n\n" % nth + event for nth in range(count)) + b"data: [DONE]\n\n"
+        assert body == expected

@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from twostroke.errors import StartupError
+
 Addresses = NDArray[np.uint64]
 
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -57,6 +59,14 @@ def copy(targets: Addresses, sources: Addresses, sizes: NDArray[np.uint64], stre
     status = _batch()(*pointers, len(targets), ctypes.byref(_EVERY), ctypes.byref(_FIRST), 1, stream)
     if status:
         raise RuntimeError(f"cuMemcpyBatchAsync: CUDA error {status}")
+
+
+def check_driver() -> None:
+    """``StartupError`` if the driver is too old to copy."""
+    try:
+        _batch()
+    except (OSError, AttributeError) as error:
+        raise StartupError(f"the GPU's driver is too old: twostroke needs one for CUDA 13 ({error})") from error
 
 
 @cache

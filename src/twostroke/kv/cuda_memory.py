@@ -16,6 +16,7 @@ import torch
 from cuda.bindings import driver, runtime
 
 from twostroke.errors import HandoverFailed, MemoryTooSmall, StartupError
+from twostroke.kv.cuda_copies import check_driver
 from twostroke.kv.memory import Bytes, host_id
 from twostroke.messages import CudaMemory, PoolAddress
 
@@ -68,8 +69,9 @@ class CudaPool:
 
         Raises:
             MemoryTooSmall: the GPU has not enough memory left for all slots.
-            StartupError: the GPU's memory cannot be shared among processes here.
+            StartupError: the GPU's memory cannot be shared among processes here, or its driver is too old.
         """
+        check_driver()
         size = -(-num_slots * block_bytes // _GRAIN) * _GRAIN
         advice = "lower --kv-memory or --gpu-memory-utilization"
         self._device = torch.cuda.current_device() if device.index is None else device.index

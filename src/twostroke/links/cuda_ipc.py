@@ -49,9 +49,8 @@ class CudaIpcLink(CopyingLink[PeerPool]):
     def _copy(self, source: PeerPool, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
         if not remote:
             return
-        assert min(local) >= 0, "we copy into our own slots"
-        assert max(local) < len(self._own), "we copy into our own slots"
         copies, size = runs(remote, local), self._block_bytes
+        assert int((copies.local + copies.counts).max()) <= len(self._own), "we copy into our own slots"
         targets = addresses(self._own.data_ptr(), copies.local, size)
         origins = addresses(source.slots, copies.remote, size)
         sizes, share = copies.counts * np.uint64(size), -(-len(targets) // _STREAMS)

@@ -10,10 +10,10 @@ from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Area, Bytes, PoolMemory
 from twostroke.store.eviction import Lru, Policy
 from twostroke.store.slots import SlotTier
+from twostroke.store.tier import Register
 
 _THREADS = 2  # each way: what it takes to saturate memory, or the link to a GPU
 AT_ONCE = 8  # blocks that a thread copies at once
-Register = Callable[[Bytes], Callable[[], None]]
 
 
 class _Arena:

@@ -47,9 +47,8 @@ from twostroke.store.frames import (
     Put,
     Returned,
 )
-from twostroke.store.host import Register
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Source, Target, TierFailed, Usage
+from twostroke.store.tier import Register, Source, Target, TierFailed, Usage
 
 log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
@@ -196,6 +195,7 @@ class ServiceTier:
         self._memory: tuple[PoolAddress, Bytes] | None = None  # the service's, mapped
         self._lock = threading.Lock()  # of that
         self._register, self._prepare = register, prepare
+        self._near = True  # whether the service is on our machine, as far as we know
         self.mapped = 0  # blocks that were read out of it
         self.offered = 0  # blocks that it has read out of ours
 
@@ -306,6 +306,8 @@ class ServiceTier:
         """Where the service finds blocks; None if it does not."""
         indexes = range(first, first + len(keys))
         if self._register is not None:
+            if not self._near:
+                return None
             if session.outbox is None:
                 try:
                     size = (_AHEAD + 2) * self._offered_at_once
@@ -377,8 +379,7 @@ class ServiceTier:
     def _meet(self, session: Session) -> None:
         """Have the service's memory mapped before anybody waits for that."""
         lent = session.ask(Borrow(b"", self._host), Lent)
-        if lent.pool is not None:
-            self._map(lent.pool)
+        self._near = lent.pool is not None and self._map(lent.pool) is not None
 
     def _map(self, pool: PoolAddress) -> Bytes | None:
         """The service's memory; None if it cannot be mapped."""

@@ -18,6 +18,8 @@ from twostroke.kv.memory import Bytes
 from twostroke.messages import PoolAddress
 from twostroke.store.format import Corrupt, Sealed, verify
 
+Register = Callable[[Bytes], Callable[[], None]]  # makes memory one that a GPU copies from and to, until that is called
+
 
 class TierFailed(Exception):
     """The tier cannot be used now. ``str`` says why."""

@@ -35,11 +35,11 @@ from twostroke.messages import CudaMemory, MemoryFile, ModelCard, NixlMemory, Po
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.eviction import POLICIES
-from twostroke.store.host import AT_ONCE, HostTier, Register
+from twostroke.store.host import AT_ONCE, HostTier
 from twostroke.store.mooncake import MooncakeTier
 from twostroke.store.service import ServiceTier
 from twostroke.store.slots import SlotTier
-from twostroke.store.tier import Tier
+from twostroke.store.tier import Register, Tier
 from twostroke.tokenizer import Tokenizer
 
 GPU_AT_ONCE = 64  # blocks that are copied between a GPU and the host tier before anybody looks again
