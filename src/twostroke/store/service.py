@@ -53,7 +53,8 @@ from twostroke.store.tier import Register, Source, Target, TierFailed, Usage
 log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 SLOWEST = 32 << 20  # bytes a second
-_OFFER_BYTES = 8 << 20  # that the service copies at once
+_OFFER_BYTES = 32 << 20  # that the service copies at once: an offer costs it half a millisecond beside that
+_OUTBOX_BYTES = 8 << 20  # the same out of an outbox, which has room for some of them
 _AHEAD = 2  # offers of a connection that it has not answered while we prepare another
 _THREADS = 4
 _LEAST = 8  # blocks that are worth a connection of their own
@@ -300,7 +301,8 @@ class ServiceTier:
     @property
     def _offered_at_once(self) -> int:
         """Blocks of an offer."""
-        return max(1, min(MAX_KEYS, _OFFER_BYTES // self._block_bytes))
+        most = _OFFER_BYTES if self._register is None else _OUTBOX_BYTES
+        return max(1, min(MAX_KEYS, most // self._block_bytes))
 
     def _describe(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> Offer | None:
         """Where the service finds blocks; None if it does not."""
