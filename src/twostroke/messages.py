@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-PROTOCOL = 6
+PROTOCOL = 7
 MAX_JOURNAL = 64 << 20  # bytes; an answer that is longer cannot be continued elsewhere
 
 T = TypeVar("T")
@@ -183,10 +183,19 @@ class PoolAddress(Struct, frozen=True, forbid_unknown_fields=True):
     memory: MemoryFile | CudaMemory | NixlMemory | TcpEndpoint
 
 
+class Posted(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a process on P's machine sees whether P's lease is alive (``kv/board.py``)."""
+
+    board: PoolAddress  # of one slot, which is all cells
+    cell: Count
+    number: Annotated[int, Meta(ge=1, lt=2**62)]  # that is in the cell as long as it is
+
+
 class Opened(Struct, frozen=True, tag="opened", forbid_unknown_fields=True):
     """P → D, first event: every way in which P's pool can be read. D takes the best that it has too."""
 
     pools: Annotated[tuple[PoolAddress, ...], Meta(min_length=1, max_length=8)]
+    posted: Posted | None = None
 
 
 class Published(Struct, frozen=True, tag="published", forbid_unknown_fields=True):

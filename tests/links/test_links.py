@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 from tests.peer_process import CLAIM, SECRET, content, peer_process
 from twostroke.errors import HandoverFailed
+from twostroke.kv.board import Board
 from twostroke.kv.memory import Bytes, PoolMemory
 from twostroke.links import copying, nixl
 from twostroke.links.copying import runs
 from twostroke.links.link import Link, MemoryLink
 from twostroke.links.nixl import NixlLink
 from twostroke.links.shm import SharedMemoryLink
-from twostroke.messages import CudaMemory, PoolAddress
+from twostroke.messages import CudaMemory, MemoryFile, PoolAddress, Posted
 
 SLOTS, BYTES, PEER_SLOTS = 6, 3000, 8
 
@@ -180,6 +181,35 @@ async def test_another_machine(peer: PoolAddress) -> None:
     with pytest.raises(HandoverFailed, match="another machine"):
         await link.read(msgspec.structs.replace(peer, host="elsewhere"), [0], [0], CLAIM)
     link.close()
+
+
+async def test_whether_the_lease_was_alive_is_seen_after_the_read() -> None:
+    memory, board = PoolMemory(2, BYTES, "peer"), Board("peer")
+    maps, files = mapped(), len(os.listdir("/proc/self/fd"))
+    link, posted = SharedMemoryLink(np.zeros((1, BYTES), np.uint8)), board.post()
+    assert posted is not None
+
+    async def seen(posted: Posted) -> bool | None:
+        return await link.read(memory.address, [1], [0], CLAIM._replace(posted=posted))
+
+    assert await seen(posted) is True
+    assert await seen(Posted(posted.board, posted.cell, posted.number + 1)) is False
+    assert await seen(msgspec.structs.replace(posted, board=memory.address)) is False, "the number is not there"
+    assert await seen(msgspec.structs.replace(posted, board=replaced(posted, fd=10_000))) is None, "it is nowhere"
+    assert await seen(msgspec.structs.replace(posted, board=replaced(posted, instance="other"))) is None
+    board.clear(posted)
+    assert await seen(posted) is False
+    assert await link.read(memory.address, [1], [0], CLAIM) is None, "it has to be asked"
+    link.close()
+    assert (mapped(), len(os.listdir("/proc/self/fd"))) == (maps, files)
+    board.close()
+    memory.close()
+
+
+def replaced(posted: Posted, *, fd: int | None = None, instance: str = "peer") -> PoolAddress:
+    """The board's address, changed."""
+    board = msgspec.structs.replace(posted.board, instance=instance)
+    return board if fd is None else msgspec.structs.replace(board, memory=MemoryFile(fd))
 
 
 async def test_close_lets_go_of_files_memory_and_threads(peer: PoolAddress) -> None:

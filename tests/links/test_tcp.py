@@ -45,7 +45,7 @@ class Pair:
         self.pool = Pool(slots)
         self.lease: Lease | None = self.pool.lease()
         self.lease.grow(slots)
-        self.server.start(lambda handover, attempt: self.lease if (handover, attempt) == CLAIM else None)
+        self.server.start(lambda handover, attempt: self.lease if Claim(handover, attempt) == CLAIM else None)
         self.own: Bytes = np.zeros((slots, block_bytes), np.uint8)
         self.slowest = float(32 << 20)  # bytes a second
         own = PoolAddress(host_id(), os.getpid(), "consumer", slots, block_bytes, TcpEndpoint("127.0.0.1", 1))
@@ -330,7 +330,9 @@ def test_garbage_truncated_and_oversized_frames() -> None:
         assert b"not expected" in talk(both, HEADER.pack(b"2stk", PROTOCOL, Kind.BLOCK, 3024))
         assert b"not expected" in talk(both, HEADER.pack(b"2stk", PROTOCOL, 9, 1))
         assert b"Proof instead of Hello" in talk(both, FRAMING.message(Proof(bytes(32))))
-        assert b"Read instead of Proof" in talk(both, hello + FRAMING.message(Read(1, *CLAIM, [0])))
+        assert b"Read instead of Proof" in talk(
+            both, hello + FRAMING.message(Read(1, CLAIM.handover, CLAIM.attempt, [0]))
+        )
         assert b"secret differs" in talk(both, hello + FRAMING.message(Proof(bytes(32))))
         for end in range(len(hello)):
             assert talk(both, hello[:end]) == b""

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 from twostroke.handover.machine import ProducerAction
+from twostroke.kv import board
 from twostroke.messages import Confirm, Confirmed
 from twostroke.worker import consumer, producer, worker
 
@@ -73,10 +74,18 @@ def counted_before_read() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def posted_for_ever() -> Iterator[None]:
+    """The board says of a lease that has ended that it is alive."""
+    with patch.object(board.Board, "clear", lambda self, posted: None):
+        yield
+
+
 BUGS: tuple[Callable[[], AbstractContextManager[None]], ...] = (
     unconfirmed,
     confirmed_blindly,
     not_quarantined,
     leased_for_ever,
     counted_before_read,
+    posted_for_ever,
 )

@@ -8,13 +8,16 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tests.simulation.clock import Dice, Stuck
 from twostroke.engine.engine import Engine, _Step
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import HandoverFailed
+from twostroke.kv.board import Board, alive
 from twostroke.kv.layout import Layout
 from twostroke.kv.pool import Pool, Slot
 from twostroke.links.link import Claim, check_read, settled
@@ -146,7 +149,7 @@ class SimLink:
     def reaches(self, peer: PoolAddress) -> bool:
         return peer.instance in self._pools
 
-    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> bool | None:
         check_read(LAYOUT.block_bytes, peer, remote)
         theirs = self._pools.get(peer.instance)
         if theirs is None:
@@ -166,8 +169,27 @@ class SimLink:
                 self._own[target][:] = theirs[source]
 
         await settled(asyncio.ensure_future(copy()), stop)
+        board = self._world.boards[peer.instance]
+        if claim.posted is None or board is None or peer.instance not in self._pools:
+            return None
+        return alive(board.cells, claim.posted)
 
     def close(self) -> None: ...
+
+
+class SimBoard(Board):
+    """Memory of this process."""
+
+    def __init__(self, instance: str) -> None:
+        self.cells = np.zeros((1, 512), np.uint8)
+        self._memory = SimpleNamespace(address=address(instance, 1), close=lambda: None)  # type: ignore[assignment]
+        self._numbers = self.cells.reshape(-1).view(np.uint64)
+        self._free = list(range(len(self._numbers)))
+        self._count = 0
+
+    def _number(self) -> int:
+        self._count += 1
+        return self._count
 
 
 def address(instance: str, slots: int) -> PoolAddress:

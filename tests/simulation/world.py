@@ -17,7 +17,7 @@ import msgspec
 from starlette.routing import compile_path
 
 from tests.simulation.clock import Dice, Loop, Node, Stuck
-from tests.simulation.model import LAYOUT, VOCAB, SimEngine, SimLink, SimModel, address, answer
+from tests.simulation.model import LAYOUT, VOCAB, SimBoard, SimEngine, SimLink, SimModel, address, answer
 from tests.simulation.network import Network, Upstream
 from twostroke.api.server import build_app
 from twostroke.config import RouterConfig, Schedule, WorkerConfig
@@ -93,6 +93,7 @@ class World:
         self._verbose = verbose
         self.network = Network(self.dice, self.say)
         self.pools: dict[str, list[list[int]]] = {}
+        self.boards: dict[str, SimBoard | None] = {}  # by instance; None: it has to be asked
         self.workers: dict[str, Process] = {}
         self.router = Node("router")
         pick = self.dice.random
@@ -130,8 +131,9 @@ class World:
         engine = SimEngine(SimModel(memory), Pool(slots), self.dice, self.step_seconds)
         offer = address(instance, slots)
         link = SimLink(memory, self.pools, self)
+        board = self.boards[instance] = SimBoard(instance) if self.dice.chance(0.5) else None
         card = ModelCard("simulated", VOCAB, slots * LAYOUT.block_tokens, frozenset(), 0)
-        worker._loaded = Loaded(card, _tokenizer(), engine, None, (link,), (), (offer,), _no_staging, ())  # type: ignore[arg-type]
+        worker._loaded = Loaded(card, _tokenizer(), engine, None, board, (link,), (), (offer,), _no_staging, ())  # type: ignore[arg-type]
         worker._session = self.network.session(node)  # type: ignore[assignment]
         worker.producer = Producer(
             engine,
@@ -141,6 +143,7 @@ class World:
             queue_timeout=CONFIG.queue_timeout,
             heartbeat=CONFIG.handover_timeout / 4,
             progress_timeout=CONFIG.progress_timeout,
+            board=board,
         )
         worker._state = "ready"
         app = build_app(worker, worker.lifecycle, max_body=1 << 20, routes=internal_routes(worker, ""))

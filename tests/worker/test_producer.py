@@ -16,7 +16,9 @@ from twostroke.engine.engine import Job, Progress, Update
 from twostroke.engine.runner import Launched
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import Conflict, EngineFailed, HandoverFailed
+from twostroke.kv.board import CELLS, Board, alive
 from twostroke.kv.keys import prompt_key
+from twostroke.kv.pool import Lease
 from twostroke.messages import (
     PROTOCOL,
     Abandon,
@@ -42,14 +44,21 @@ class Stage:
     """A producer and its engine."""
 
     def __init__(
-        self, rig: Rig, *, lease_seconds: float, attach_timeout: float, heartbeat: float, progress: float
+        self,
+        rig: Rig,
+        *,
+        lease_seconds: float,
+        attach_timeout: float,
+        heartbeat: float,
+        progress: float,
+        board: Board | None = None,
     ) -> None:
         self.rig = rig
         self.instance = rig.memory.address.instance
         self.producer = Producer(
             rig.engine, (rig.memory.address,), lease_seconds=lease_seconds, attach_timeout=attach_timeout,
             queue_timeout=60.0,
-            heartbeat=heartbeat, progress_timeout=progress,
+            heartbeat=heartbeat, progress_timeout=progress, board=board,
         )  # fmt: skip
 
     def produce(self, prompt: list[int] = PROMPT, attempt: int = 0) -> AsyncGenerator[tuple[Job, Update], None]:
@@ -97,11 +106,17 @@ async def staged(
     heartbeat: float = LONG,
     progress: float = LONG,
     depth: int = 1,
+    board: Board | None = None,
 ) -> AsyncIterator[Stage]:
     """``running`` checks the account at the end; no hand-over may be open then either."""
     async with running(directory, budget=16, depth=depth) as rig:
         stage = Stage(
-            rig, lease_seconds=lease_seconds, attach_timeout=attach_timeout, heartbeat=heartbeat, progress=progress
+            rig,
+            lease_seconds=lease_seconds,
+            attach_timeout=attach_timeout,
+            heartbeat=heartbeat,
+            progress=progress,
+            board=board,
         )
         yield stage
         assert stage.producer.open == 0
@@ -335,6 +350,42 @@ async def test_another_attempt_is_refused_on_either_side(llama: Path) -> None:
             await stage.produced(attempt=0)
         stage.producer.close()
         await consumer
+
+
+@pytest.mark.parametrize("end", ["release", "leave", "attempt", "close"])
+async def test_the_board_says_that_a_lease_has_ended_before_its_slots_are_free(llama: Path, end: str) -> None:
+    board = Board("owner")
+    async with staged(llama, board=board) as stage:
+        await stage.produced()
+        events = stage.attach()
+        opened = await anext(events)
+        assert isinstance(opened, Opened)
+        posted = opened.posted
+        assert posted is not None
+        assert alive(board.cells, posted)
+        order: list[bool] = []
+        release = stage.rig.engine.release
+
+        def released(lease: Lease) -> None:
+            order.append(alive(board.cells, posted))
+            release(lease)
+
+        stage.rig.engine.release = released  # type: ignore[method-assign]
+        match end:
+            case "release":
+                assert stage.confirm(3, release=True)
+            case "leave":
+                await events.aclose()
+            case "attempt":
+                await stage.produced(attempt=1)
+            case _:
+                stage.producer.close()
+        assert order[:1] == [False]
+        assert not alive(board.cells, posted)
+        await events.aclose()
+        stage.producer.close()
+        assert len(board._free) == CELLS
+    board.close()
 
 
 async def test_a_dead_lease_is_not_confirmed(llama: Path) -> None:

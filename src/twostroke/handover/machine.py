@@ -51,7 +51,7 @@ class ConsumerState(Enum):
     """Where the consumer's end is."""
 
     ATTACHING = "holds slots, asks the producer"
-    PULLING = "copies blocks as they are published; its slots are in quarantine until confirmed"
+    PULLING = "copies blocks as they are published; its slots are in quarantine until the lease was seen alive"
     STREAMING = "the same, and the client has the first token"
     RESUMED = "over: the engine goes on from the verified blocks"
     CLOSED = "over: the request is finished or aborted"
@@ -62,7 +62,7 @@ class ConsumerEvent(Enum):
 
     OPENED = "the producer answered with its pool's address"
     PUBLISHED = "blocks are ready to be read"
-    VERIFIED = "the producer confirmed the lease after the read"
+    VERIFIED = "the lease was alive after the read"
     SAMPLED = "the first token came"
     SAMPLED_LAST = "the first token came, and ends the request"
     COMPLETE = "the producer ended well and every block is verified"
@@ -73,7 +73,7 @@ class ConsumerEvent(Enum):
 class ConsumerAction(Enum):
     """What the consumer's driver has to do."""
 
-    READ = "copy the published blocks, then ask the producer to confirm"
+    READ = "copy the published blocks, then see or ask whether the lease is alive"
     KEEP = "count the blocks that were read as loaded"
     EMIT = "send the first token to the client"
     RESUME = "let the engine go on from what is verified"

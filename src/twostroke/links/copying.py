@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import HandoverFailed
-from twostroke.kv.memory import host_id, started
+from twostroke.kv.board import alive as is_alive
+from twostroke.kv.memory import Bytes, host_id, map_peer, started
 from twostroke.kv.pool import Slot
 from twostroke.links.link import Claim, check_read, settled
-from twostroke.messages import PoolAddress
+from twostroke.messages import PoolAddress, Posted
 
 SWEEP_SECONDS = 1.0
 
@@ -33,6 +34,7 @@ class CopyingLink(ABC, Generic[Mapped]):
     def __init__(self, block_bytes: int) -> None:
         self._block_bytes = block_bytes
         self._peers: dict[PoolAddress, tuple[bytes, Mapped]] = {}  # with their start; only the copying thread's
+        self._boards: dict[PoolAddress, tuple[bytes, Bytes]] = {}  # of the same peers
         self._copies = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name}-link")  # one saturates the memory
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -40,11 +42,12 @@ class CopyingLink(ABC, Generic[Mapped]):
         """See ``Link.reaches``."""
         return peer.memory.link == self.name and peer.host == host_id()
 
-    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> bool | None:
         """See ``Link.read``."""
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep())
-        await settled(asyncio.get_running_loop().run_in_executor(self._copies, self._read, peer, remote, local))
+        loop = asyncio.get_running_loop()
+        return await settled(loop.run_in_executor(self._copies, self._read, peer, remote, local, claim.posted))
 
     def close(self) -> None:
         """See ``Link.close``."""
@@ -65,7 +68,9 @@ class CopyingLink(ABC, Generic[Mapped]):
     def _unmap(self, source: Mapped) -> None:
         """Let go of a pool. Does not raise."""
 
-    def _read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
+    def _read(
+        self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], posted: Posted | None
+    ) -> bool | None:
         check_read(self._block_bytes, peer, remote)
         self._drop(_gone)
         if peer not in self._peers:
@@ -75,9 +80,27 @@ class CopyingLink(ABC, Generic[Mapped]):
             if start is None:
                 raise HandoverFailed("the peer's process is gone")
             self._peers[peer] = start, self._map(peer)
-        self._copy(self._peers[peer][1], remote, local)
+        start, source = self._peers[peer]
+        self._copy(source, remote, local)
+        if posted is None or (posted.board.pid, posted.board.instance) != (peer.pid, peer.instance):
+            return None
+        alive = self._alive(posted, start)
+        return None if alive and _gone(peer.pid, start) else alive  # what it left behind is still mapped
+
+    def _alive(self, posted: Posted, start: bytes) -> bool | None:
+        """What the peer's board says; None if that cannot be mapped."""
+        known = self._boards.get(posted.board)
+        if known is None:
+            try:
+                known = self._boards[posted.board] = start, map_peer(posted.board)
+            except HandoverFailed:
+                return None
+        return is_alive(known[1], posted)
 
     def _drop(self, which: Callable[[int, bytes], bool]) -> None:
+        for board, (start, _) in list(self._boards.items()):
+            if which(board.pid, start):
+                del self._boards[board]
         for peer, (start, source) in list(self._peers.items()):
             if which(peer.pid, start):
                 del self._peers[peer]

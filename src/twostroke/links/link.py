@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from twostroke.errors import HandoverFailed
 from twostroke.kv.memory import Bytes, host_id
 from twostroke.kv.pool import Slot
-from twostroke.messages import PoolAddress
+from twostroke.messages import PoolAddress, Posted
 
 FAILED_SECONDS = 60.0  # so long, a way that failed is the last choice
 Result = TypeVar("Result")
@@ -20,6 +20,7 @@ class Claim(NamedTuple):
 
     handover: str
     attempt: int
+    posted: Posted | None = None  # where the owner's machine says whether the lease is alive
 
 
 class Link(Protocol):
@@ -31,10 +32,11 @@ class Link(Protocol):
         """Whether this is the way to a pool at such an address. It may be out of reach all the same."""
         ...
 
-    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> None:
-        """Copy the peer's slots ``remote`` into our slots ``local``, pairwise.
+    async def read(self, peer: PoolAddress, remote: Sequence[Slot], local: Sequence[Slot], claim: Claim) -> bool | None:
+        """Copy the peer's slots ``remote`` into our slots ``local``, pairwise. Whether the lease was alive afterwards;
+        None if that cannot be seen from here.
 
-        What was read may be torn or stale: it counts only once the peer has confirmed its lease afterwards. Not
+        What was read may be torn or stale: it counts only if the lease was, or once the peer has confirmed that. Not
         interrupted by cancellation: when this returns or raises, nothing writes into ``local`` any more.
 
         Raises:

@@ -87,7 +87,7 @@ class Wait:
 
     __slots__ = ("_error", "_timeout", "_waits")
 
-    def __init__(self, waits: "set[Wait]") -> None:
+    def __init__(self, waits: "dict[Wait, None]") -> None:
         self._waits = waits
         self._timeout = asyncio.timeout(None)
         self._error: Exception | None = None
@@ -95,19 +95,19 @@ class Wait:
     def end(self, error: Exception | None = None) -> None:
         """End it with this error, or as a timeout; unless it is over."""
         if self in self._waits:
-            self._waits.discard(self)
+            self._waits.pop(self, None)
             self._error = error
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def __aenter__(self) -> "Wait":
         await self._timeout.__aenter__()
-        self._waits.add(self)
+        self._waits[self] = None
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._waits.discard(self)
+        self._waits.pop(self, None)
         try:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
@@ -138,7 +138,7 @@ class Worker:
         self.resident_here = 0
         self._foreign_queued = 0
         self._foreign_resident = 0
-        self._waits: set[Wait] = set()
+        self._waits: dict[Wait, None] = {}  # in the order in which they began
 
     @property
     def id(self) -> str:

@@ -143,6 +143,7 @@ class Pull:
         self._needed = layout.blocks(self._prompt)
         self._have = self._verified = admitted.computed // layout.block_tokens  # blocks
         self._ways: list[Way] = []  # to the pool, the present one first; known once the producer has answered
+        self._claim = Claim(handover, attempt)
         self._fresh: Published | None = None  # published and not yet read
         self._first: Output | None = None
         self._sampled_at = time.monotonic()
@@ -182,8 +183,9 @@ class Pull:
             if not isinstance(event, Alive):
                 deadline = time.monotonic() + self._patience
             match event:
-                case Opened(pools):
+                case Opened(pools, posted):
                     self._check(not self._ways, "opened twice")
+                    self._claim = self._claim._replace(posted=posted)
                     self._ways = choose(self._links, pools, self._failures)
                     self._stamp("attached", link=self._ways[0].link.name)
                     await self._on(ConsumerEvent.OPENED)
@@ -253,26 +255,30 @@ class Pull:
                 self._engine.abort(self._job)
 
     async def _read(self) -> None:
-        """Copy what is published. It counts only because the producer confirms, afterwards, that its lease is alive."""
+        """Copy what is published. It counts only because the lease is alive afterwards, as is seen or as the producer
+        confirms.
+        """
         assert self._fresh, "only published blocks are read"
         first, remote = self._fresh.first, self._fresh.slots
         end = first + len(remote)
-        if remote:
-            await self._copy(remote, self._slots[first:end])
-        last = end == self._needed and not self._lacks_token
-        alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._instance, end, last))
+        alive = await self._copy(remote, self._slots[first:end]) if remote else None
+        if alive is None:
+            last = end == self._needed and not self._lacks_token
+            alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._instance, end, last))
+            self._released = last and alive
         self._check(alive, "its lease had ended before the blocks were read")
         size = len(remote) * self._engine.model.layout.block_bytes
         self._lifecycle.received(self._ways[0].link.name, len(remote), size)
         self._verified = end
-        self._released = last
 
-    async def _copy(self, remote: Sequence[Slot], local: Sequence[Slot]) -> None:
-        """Read slots in the best way that works; one that does not is not tried again in this hand-over."""
+    async def _copy(self, remote: Sequence[Slot], local: Sequence[Slot]) -> bool | None:
+        """Read slots in the best way that works; one that does not is not tried again in this hand-over. See
+        ``Link.read``.
+        """
         while True:
             way = self._ways[0]
             try:
-                return await way.link.read(way.pool, remote, local, Claim(self._handover, self._attempt))
+                return await way.link.read(way.pool, remote, local, self._claim)
             except HandoverFailed as error:
                 self._failures.add(way)
                 if len(self._ways) == 1:

@@ -22,6 +22,7 @@ from twostroke.engine.engine import Engine
 from twostroke.engine.model import Model
 from twostroke.engine.runner import Limits
 from twostroke.errors import MemoryTooSmall, StartupError
+from twostroke.kv.board import Board
 from twostroke.kv.layout import Layout
 from twostroke.kv.memory import PoolMemory, SlotMemory
 from twostroke.kv.pool import Lease, Pool
@@ -56,6 +57,7 @@ class Loaded:
     tokenizer: Tokenizer
     engine: Engine
     memory: SlotMemory
+    board: Board  # says which leases on it are alive
     links: tuple[Link, ...]  # what we read other workers' pools with, best first
     servers: tuple[NixlServer | TcpServer, ...]  # what gives others access to our slots
     offers: tuple[PoolAddress, ...]  # every way in which others may read our pool, best first
@@ -75,6 +77,7 @@ class Loaded:
         for link in self.links:
             link.close()
         self.memory.close()
+        self.board.close()
 
 
 def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], None]) -> Loaded:
@@ -147,7 +150,9 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     for tier in tiers:
         if isinstance(tier, SlotTier | DirectoryTier):  # others are their servers'
             tier.quota = configs.check_quota(config.tenant_quota, model.layout.block_bytes)
-    return Loaded(card, tokenizer, engine, memory, tuple(links), tuple(servers), tuple(offers), access, tiers)
+    return Loaded(
+        card, tokenizer, engine, memory, Board(instance), tuple(links), tuple(servers), tuple(offers), access, tiers
+    )
 
 
 def _make_tier(

@@ -10,6 +10,7 @@ import msgspec
 from twostroke.engine.engine import Engine, Job, Update
 from twostroke.errors import Conflict, HandoverFailed, RequestError
 from twostroke.handover.machine import PRODUCER, Machine, ProducerAction, ProducerEvent, ProducerState
+from twostroke.kv.board import Board
 from twostroke.kv.keys import prompt_key
 from twostroke.kv.pool import Lease
 from twostroke.messages import (
@@ -24,6 +25,7 @@ from twostroke.messages import (
     Opened,
     Output,
     PoolAddress,
+    Posted,
     Published,
     Request,
     Sampled,
@@ -45,9 +47,11 @@ class Export:
         *,
         lease_seconds: float,
         attach_timeout: float,
+        board: Board | None,
         closed: Callable[["Export"], None],
     ) -> None:
         self.attempt = attempt
+        self.posted: Posted | None = None  # where readers see whether the lease is alive
         self.prompt = ""  # ``prompt_key`` of what is handed over, as who came first said
         self.lease = engine.lease()
         self.job: Job | None = None
@@ -55,6 +59,7 @@ class Export:
         self.error: str | None = None
         self.changed = asyncio.Event()  # there is something to publish, or this is over
         self._closed = closed
+        self._board = board
         self._engine = engine
         self._request: Request | None = None
         self._loads = False
@@ -116,10 +121,22 @@ class Export:
                 self._engine.abort(self.job)
                 self.job.push(HandoverFailed("the consumer left before the prefill was done"))
             case ProducerAction.RELEASE:
+                self._unpost()  # first: once it is released, the slots can be written
                 self._engine.release(self.lease)
+
+    def post(self) -> Posted | None:
+        """Have it said on the board that the lease is alive. None: whoever reads has to ask."""
+        self.posted = self._board.post() if self._board is not None else None
+        return self.posted
+
+    def _unpost(self) -> None:
+        if self.posted is not None and self._board is not None:
+            self._board.clear(self.posted)
+        self.posted = None
 
     def _settle(self) -> None:
         if not self.open:
+            self._unpost()
             self._stop_clock()
             self.changed.set()
             self._closed(self)
@@ -142,8 +159,10 @@ class Producer:
         queue_timeout: float,
         heartbeat: float,
         progress_timeout: float,
+        board: Board | None = None,
     ) -> None:
-        """``pools``: every way in which our one pool can be read. After ``progress_timeout`` seconds without a step the
+        """``pools``: every way in which our one pool can be read. ``board``: where readers on this machine see which
+        leases are alive. After ``progress_timeout`` seconds without a step the
         engine counts as stuck, and consumers get no more signs of life.
         """
         self._engine = engine
@@ -153,6 +172,7 @@ class Producer:
         self._queue_timeout = queue_timeout
         self._heartbeat = heartbeat
         self._progress_timeout = progress_timeout
+        self._board = board
         self._exports: dict[str, Export] = {}
         self._over: OrderedDict[tuple[str, int], str] = (
             OrderedDict()
@@ -215,7 +235,7 @@ class Producer:
         export.on(ProducerEvent.ATTACH)
         complete = False
         try:
-            yield Opened(tuple(_at(pool, reached) for pool in self._pools))
+            yield Opened(tuple(_at(pool, reached) for pool in self._pools), export.post())
             async for event in self._events(export, message.have):
                 yield event
             complete = True
@@ -317,6 +337,7 @@ class Producer:
             self._engine,
             lease_seconds=self._lease_seconds,
             attach_timeout=self._attach_timeout,
+            board=self._board,
             closed=closed,
         )
         self._exports[handover] = export

@@ -119,6 +119,7 @@ class Worker:
             queue_timeout=self._config.queue_timeout,
             heartbeat=self._config.handover_timeout / 4,
             progress_timeout=self._config.progress_timeout,
+            board=loaded.board,
         )
         loaded.serve(self.producer.exported)
         self._loaded = loaded
