@@ -55,6 +55,7 @@ def test_a_cell_outside_the_board_is_not_alive() -> None:
     posted = board.post()
     assert posted is not None
     assert not alive(board.cells, Posted(posted.board, boards.CELLS, posted.number))
+    assert not alive(board.cells[:, :-1], posted), "that is no board"
     board.close()
 
 

@@ -17,7 +17,7 @@ from tests.simulation.clock import Dice, Stuck
 from twostroke.engine.engine import Engine, _Step
 from twostroke.engine.scheduler import Chunk
 from twostroke.errors import HandoverFailed
-from twostroke.kv.board import Board, alive
+from twostroke.kv.board import CELLS, Board, alive
 from twostroke.kv.layout import Layout
 from twostroke.kv.pool import Pool, Slot
 from twostroke.links.link import Claim, check_read, settled
@@ -181,7 +181,7 @@ class SimBoard(Board):
     """Memory of this process."""
 
     def __init__(self, instance: str) -> None:
-        self.cells = np.zeros((1, 512), np.uint8)
+        self.cells = np.zeros((1, 8 * CELLS), np.uint8)
         self._memory = SimpleNamespace(address=address(instance, 1), close=lambda: None)  # type: ignore[assignment]
         self._numbers = self.cells.reshape(-1).view(np.uint64)
         self._free = list(range(len(self._numbers)))

@@ -53,8 +53,9 @@ class Board:
 
 def alive(cells: Bytes, posted: Posted) -> bool:
     """Whether the lease is alive. ``cells``: the board's, as ``map_peer`` makes them of its address."""
-    numbers = _numbers(cells)
-    return posted.cell < len(numbers) and int(numbers[posted.cell]) == posted.number
+    if cells.shape != (1, CELLS * _BYTES) or posted.cell >= CELLS:
+        return False
+    return int(_numbers(cells)[posted.cell]) == posted.number
 
 
 def _numbers(cells: Bytes) -> npt.NDArray[np.uint64]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twostroke.errors import HandoverFailed
-from twostroke.kv.board import alive as is_alive
+from twostroke.kv.board import alive
 from twostroke.kv.memory import Bytes, host_id, map_peer, started
 from twostroke.kv.pool import Slot
 from twostroke.links.link import Claim, check_read, settled
@@ -84,8 +84,7 @@ class CopyingLink(ABC, Generic[Mapped]):
         self._copy(source, remote, local)
         if posted is None or (posted.board.pid, posted.board.instance) != (peer.pid, peer.instance):
             return None
-        alive = self._alive(posted, start)
-        return None if alive and _gone(peer.pid, start) else alive  # what it left behind is still mapped
+        return None if _gone(peer.pid, start) else self._alive(posted, start)  # what it left behind is still mapped
 
     def _alive(self, posted: Posted, start: bytes) -> bool | None:
         """What the peer's board says; None if that cannot be mapped."""
@@ -95,7 +94,7 @@ class CopyingLink(ABC, Generic[Mapped]):
                 known = self._boards[posted.board] = start, map_peer(posted.board)
             except HandoverFailed:
                 return None
-        return is_alive(known[1], posted)
+        return alive(known[1], posted)
 
     def _drop(self, which: Callable[[int, bytes], bool]) -> None:
         for board, (start, _) in list(self._boards.items()):
