@@ -261,11 +261,11 @@ class Pull:
         assert self._fresh, "only published blocks are read"
         first, remote = self._fresh.first, self._fresh.slots
         end = first + len(remote)
+        last = end == self._needed and not self._lacks_token
         alive = await self._copy(remote, self._slots[first:end]) if remote else None
         if alive is None:
-            last = end == self._needed and not self._lacks_token
             alive = await self._peer.confirm(Confirm(self._handover, self._attempt, self._instance, end, last))
-            self._released = last and alive
+        self._released = last and alive  # in so many words, or we are about to hang up
         self._check(alive, "its lease had ended before the blocks were read")
         size = len(remote) * self._engine.model.layout.block_bytes
         self._lifecycle.received(self._ways[0].link.name, len(remote), size)

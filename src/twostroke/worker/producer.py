@@ -299,7 +299,9 @@ class Producer:
         return export
 
     async def _events(self, export: Export, sent: int) -> AsyncGenerator[Event, None]:
-        """What happens to an export. The first token goes before the last blocks: it must not wait for them."""
+        """What happens to an export. The first token goes before the last blocks: it must not wait for them. A consumer
+        that sees by itself that the lease is alive has nothing to say at the end: it hangs up.
+        """
         sampled, begun = False, time.monotonic()
         while export.open:
             if export.first is not None and not sampled:
@@ -308,7 +310,7 @@ class Producer:
             if slots := export.lease.slots[sent:]:
                 yield Published(sent, slots)
                 sent += len(slots)
-            if sampled:
+            if sampled and export.posted is None:
                 break
             try:
                 async with asyncio.timeout(self._heartbeat):
