@@ -14,6 +14,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 
 from twostroke.errors import StartupError
@@ -72,7 +73,7 @@ class CudaFiles:
         self._stream = stream
         self._memory = torch.empty(pages(self._size), dtype=torch.uint8, device=slots.device)
         self._here = addresses(self._memory.data_ptr(), [0], self._size)
-        self._length = self._here * 0 + self._size
+        self._length = np.full(1, self._size, np.uint64)
         self._digests = Digests(self._memory[: self._size].view(1, -1))
         self._works = True
 

@@ -191,7 +191,6 @@ class _Load:
         self.tiers: dict[str, int] = {}  # how many came from which
         self.why = ""
         self.seconds = 0.0  # that tiers took
-        self.follows = False  # a producer, which is yet to write the blocks behind these
 
     def came(self, count: int, tier: str) -> None:
         """So many more blocks are in their slots."""
@@ -317,11 +316,11 @@ class Offload:
         """Blocks that need not be computed: the last token's does, since its logits are needed."""
         return (len(tokens) - 1) // self._block_tokens
 
-    async def _load(self, load: _Load) -> None:
-        """As much of what is in the store as is worth it."""
+    async def _load(self, load: _Load, *, more: bool = False) -> None:
+        """As much of what is in the store as is worth it; ``more`` blocks are about to come."""
         while load.have < len(load.where):
             level, have = load.where[load.have], load.have
-            count, load.why = self._worthwhile(load.where[have:], more=load.follows)
+            count, load.why = self._worthwhile(load.where[have:], more=more)
             if not count:
                 beyond = zip(load.keys[have:], load.where[have:], strict=False)
                 same = [key for key, place in beyond if place == level]
@@ -346,12 +345,11 @@ class Offload:
         the producer is not there any more.
         """
         quiet = asked = at_work = time.monotonic()
-        load.follows = True
         while load.have < len(load.keys):
             load.where = [*load.where[: load.have], *[0] * (load.have - len(load.where))]
             load.where += await self.store.find(load.keys[load.have : load.have + self.store.batch], wanted=False)
             have, now = load.have, time.monotonic()
-            await self._load(load)
+            await self._load(load, more=True)
             if load.have > have:
                 quiet = now
                 continue
