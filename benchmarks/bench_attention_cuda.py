@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.common import Row, filling, report, row
 from benchmarks.cuda_limits import limits, milliseconds
-from twostroke.engine.cuda_kernels import attend_one, gather
+from twostroke.engine.cuda_kernels import attend_few, gather
 from twostroke.engine.cuda_prefill import CudnnAttention, Shape
 from twostroke.engine.cuda_step import step_of
 
@@ -83,9 +83,9 @@ def in_place(
     key, value = kv[last, LAYER, :, :, -1].unbind(1)
 
     def run() -> torch.Tensor:
-        attend_one(
-            query, key, value, kv, LAYER, places, table, sizes, lengths, work, arrived, out, rows=rows, scale=SCALE,
-            window=1 << 30,
+        attend_few(
+            query, key, value, kv, LAYER, places, table, sizes, lengths, work, arrived, out, rows=rows, alone=True,
+            scale=SCALE, window=1 << 30,
         )  # fmt: skip
         return out
 

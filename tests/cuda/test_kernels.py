@@ -5,7 +5,7 @@ import torch
 
 from tests.cuda.case import DEVICE, FAR, LAYER, PROCESSORS, SHAPES, TOLERANCE, Case, distance, on_gpu, plain
 from twostroke.engine.cuda_experts import few_experts, route
-from twostroke.engine.cuda_kernels import attend_one, gather, store
+from twostroke.engine.cuda_kernels import attend_few, gather, store
 from twostroke.engine.cuda_product import multiply
 from twostroke.engine.cuda_step import step_of
 
@@ -22,15 +22,15 @@ def case_of(lengths: list[int], shape: Shape, block: int, dtype: torch.dtype, st
     return Case(chunks, heads=heads, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype, stored=stored)
 
 
-def attended(case: Case, window: int = FAR, rows: int = 0) -> torch.Tensor:
-    """What ``attend_one`` says; with ``rows``, filled up to as many."""
-    step = step_of(case.asked(), case.block, {}, rows=rows, items=2 * PROCESSORS // case.kv_heads)
+def attended(case: Case, window: int = FAR, rows: int = 0, apart: bool = False) -> torch.Tensor:
+    """What ``attend_few`` says; with ``rows``, filled up to as many."""
+    step = step_of(case.asked(), case.block, {}, rows=rows, items=2 * PROCESSORS // case.kv_heads, apart=apart)
     _, _, places, lengths, work, sizes, tables, _ = (on_gpu(array) for array in step.arrays())
     query, key, value = (torch.cat([x, x[:1].expand(len(lengths) - len(x), -1, -1)]) for x in case.new())
     out, arrived = torch.full_like(query, torch.nan), torch.zeros(1000, dtype=torch.int32, device=DEVICE)
-    attend_one(
+    attend_few(
         query, key, value, case.kv, LAYER, places, tables, sizes, lengths, work, arrived, out, rows=len(lengths),
-        scale=case.scale, window=window,
+        alone=not apart, scale=case.scale, window=window,
     )  # fmt: skip
     assert not arrived.any()
     return out
@@ -93,6 +93,26 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     out = attended(case)
     assert out.isfinite().all()
     assert distance(out.cpu(), expected(case)) < 100 * TOLERANCE[dtype]
+
+
+# -- attention of few tokens of a sequence ---------------------------------------------------------------------------
+
+FEW = [(40, 1), (0, 1), (0, 2), (0, 8), (3, 9), (60, 16), (1000, 17), (2049, 5)]
+
+
+@DTYPES
+@CASES
+@pytest.mark.parametrize("window", [FAR, 1, 7, 100])
+def test_few_tokens_attend_together(shape: Shape, block: int, dtype: torch.dtype, window: int) -> None:
+    heads, kv_heads, dim = shape
+    case = Case(FEW, heads=heads, kv_heads=kv_heads, dim=dim, block=block, dtype=dtype, stored=True)
+    stored = case.kv.clone()
+    out = attended(case, window, rows=70, apart=True)
+    rows = sum(size for _, size in FEW)
+    for row, right in zip(out[:rows].cpu(), expected(case, window), strict=True):
+        assert distance(row, right) < TOLERANCE[dtype]
+    assert (out[rows:] == out[0]).all(), "rows that fill up get what the first gets"
+    assert torch.equal(case.kv.view(torch.uint8), stored.view(torch.uint8)), "nothing is stored"
 
 
 # -- the pool --------------------------------------------------------------------------------------------------------

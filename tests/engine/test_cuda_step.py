@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.rig import sequences
-from twostroke.engine.cuda_step import PARTS, TILE, Room, Step, prompts_of, step_of
+from twostroke.engine.cuda_step import PARTS, TILE, TOGETHER, Room, Step, prompts_of, step_of
 from twostroke.engine.scheduler import Chunk, Sequence
 from twostroke.kv.keys import root_key
 from twostroke.kv.pool import Lease, Pool
@@ -145,22 +145,19 @@ def test_padding_repeats_the_first_row_and_is_stored_nowhere(rows: int, spare: i
     assert step.positions.tolist() == [40, 3, *[40] * spare]
     assert step.places[2:].tolist() == [-1] * spare
     assert step.lengths.tolist() == [41, 4, *[41] * spare]
-    assert step.tables.shape == (2 + spare, 3)
-    assert (step.tables[2:] == step.tables[0]).all()
+    assert step.tables.shape == (2, 3)
     assert step.ends.tolist() == [0, 1]
 
 
-def test_tokens_apart_are_rows_like_those_of_single_tokens() -> None:
-    chunks = [chunk(40, 1, unknown=True), chunk(30, 4), chunk(0, 2, samples=False)]
-    step = step_of(chunks, 16, {chunks[0].sequence: 5}, rows=9, items=9, apart=True)
-    assert found(step)[:7] == rows_of(chunks, 16, {chunks[0].sequence: 5})
-    assert step.places[7:].tolist() == [-1, -1]
-    assert step.lengths.tolist() == [41, 31, 32, 33, 34, 1, 2, 41, 41]
-    assert [row.tolist() for row in step.tables[:, :3]] == [
-        [*table_of(one, 16), 0, 0][:3] for one in (*chunks[:1], *[chunks[1]] * 4, *[chunks[2]] * 2, *[chunks[0]] * 2)
-    ]
-    check_work(step, 7, 9)
-    assert step.ends.tolist() == [0, 4]
+def test_tokens_apart_are_rows_of_which_few_read_together() -> None:
+    chunks = [chunk(40, 1, unknown=True), chunk(30, TOGETHER + 2), chunk(0, 2, samples=False)]
+    step = step_of(chunks, 16, {chunks[0].sequence: 5}, rows=15, items=15, apart=True)
+    assert found(step)[:13] == rows_of(chunks, 16, {chunks[0].sequence: 5})
+    assert step.places[13:].tolist() == [-1, -1]
+    assert step.lengths.tolist() == [41, *range(31, 41), 1, 2, 41, 41]
+    assert [row.tolist() for row in step.tables] == [[*table_of(one, 16), 0, 0][:3] for one in chunks]
+    check_work(step, [(0, 1, 0), (1, TOGETHER, 1), (1 + TOGETHER, 2, 1), (3 + TOGETHER, 2, 2)], 15)
+    assert step.ends.tolist() == [0, 2 + TOGETHER]
     assert not step.longs
     assert not step.shorts
 
@@ -170,16 +167,16 @@ def test_rows_that_fill_up_behind_tokens_apart_repeat_the_first_of_them() -> Non
     assert step.positions.tolist() == [30, 31, 32, 33, 40, 30, 30, 30]
     assert step.lengths.tolist() == [31, 32, 33, 34, 41, 31, 31, 31]
     assert step.places[5:].tolist() == [-1] * 3
-    assert len(step.ids) == len(step.tables) == 8
+    assert len(step.ids) == 8
     assert step.ids[5:].tolist() == step.ids[:1].tolist() * 3
 
 
 def test_arrays_of_a_decode_step_lie_where_only_its_rows_decide() -> None:
     """A captured graph reads all but the tables' width from the same places, so the tables must come after the rest."""
     near, far = (step_of([chunk(start, 1), chunk(1, 1)], 16, {}, rows=4, items=9).arrays() for start in (2, 900))
-    assert [array.size for array in near[:6]] == [array.size for array in far[:6]] == [4, 4, 4, 4, 27, 2]
+    assert [array.size for array in near[:6]] == [array.size for array in far[:6]] == [4, 4, 4, 4, 45, 2]
     assert [array[5].tolist() for array in (near, far)] == [[1, 2], [57, 2]]
-    assert [array[6].shape for array in (near, far)] == [(4, 1), (4, 57)]
+    assert [array[6].shape for array in (near, far)] == [(2, 1), (2, 57)]
     assert all(array.dtype == np.int32 for array in far)
 
 
@@ -199,19 +196,19 @@ def test_arrays_of_a_decode_step_lie_where_only_its_rows_decide() -> None:
 )
 def test_contexts_are_split_for_all_to_have_like_amounts_to_do(starts: list[int], items: int, parts: list[int]) -> None:
     step = step_of([chunk(start, 1) for start in starts], 16, {}, items=items)
-    assert [int(step.work[step.work[:, 0] == row, 2].max()) for row in range(len(starts))] == parts
+    assert [int(step.work[step.work[:, 0] == row, 4].max()) for row in range(len(starts))] == parts
 
 
-def check_work(step: Step, rows: int, items: int) -> None:
-    """Every part of every row's context, in order, and nothing else."""
-    assert step.work.shape == (max(items, len(step.lengths)), 3)
+def check_work(step: Step, reads: list[tuple[int, int, int]], items: int) -> None:
+    """Every part of the context of these (row, rows, table), in order, and nothing else."""
+    assert step.work.shape == (max(items, len(step.lengths)), 5)
     expected = []
-    for row in range(rows):
-        parts = int(step.work[[r == row and p > 0 for r, _, p in step.work], 2].max())
+    for row, rows, table in reads:
+        parts = max(int(p) for r, _, _, _, p in step.work if r == row)
         assert 1 <= parts <= PARTS
-        assert parts <= -(-int(step.lengths[row]) // TILE)
-        expected += [[row, part, parts] for part in range(parts)]
-    assert step.work.tolist() == expected + [[0, 0, 0]] * (len(step.work) - len(expected))
+        assert parts <= -(-int(step.lengths[row + rows - 1]) // TILE)
+        expected += [[row, rows, table, part, parts] for part in range(parts)]
+    assert step.work.tolist() == expected + [[0] * 5] * (len(step.work) - len(expected))
 
 
 def test_ends_are_the_last_rows_of_chunks_that_sample() -> None:
@@ -315,9 +312,10 @@ def test_any_step(
     assert found(step)[len(expected) :] == [expected[0]._replace(place=-1)] * padding
     ends = (np.cumsum([one.size for one in chunks]) - 1).tolist()
     assert step.ends.tolist() == [end for end, one in zip(ends, chunks, strict=True) if one.samples]
-    assert len(step.lengths) == len(step.tables) == len(singles) + padding
+    assert len(step.lengths) == len(singles) + padding
+    assert len(step.tables) == len(singles)
     assert step.singles == len(singles)
-    check_work(step, len(singles), items)
+    check_work(step, [(row, 1, row) for row in range(len(singles))], items)
     check_singles(step, chunks, block)
     check_prompts(step, chunks, block)
     assert together or not step.shorts

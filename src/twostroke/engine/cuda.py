@@ -43,9 +43,9 @@ _GRAPH_BYTES = 512 << 20  # of the captured graphs' own memory
 _WAVE = 2  # programs of decode attention on a multiprocessor at once
 _COUNTERS = 1 << 16  # results that programs of one kernel may share
 _FIRST = -1  # priority of the engine's kernels, before those that move blocks
-_TAILS = (16, 32, 64)  # rows of steps with ends of prompts whose beginnings the pool has
+_TAILS = (16, 32, 64, 128)  # rows of steps with short prompts, or ends of those whose beginnings the pool has
 _MIXED = (1, 1, 256, 256, 2048)  # tokens of a step that has chunks of each kind
-_TOGETHER = 8  # short prompts that are captured as one step
+_PROMPTS = 8  # short prompts that are captured as one step
 
 _Result = tuple[torch.Tensor, torch.Tensor]  # logits, most probable tokens
 
@@ -166,7 +166,7 @@ class CudaRunner:
             if most >= sum(_MIXED):
                 self._try(*_MIXED)
             if self._cudnn is not None:
-                self._cudnn.build_smaller(CudnnAttention.rows(most))
+                self._cudnn.build_smaller(most)
             say("capturing graphs")
             self._capture(limits)
 
@@ -175,7 +175,7 @@ class CudaRunner:
             return
         self._limits = limits
         pages = self._layout.blocks(limits.context)
-        most = max(_TOGETHER, *_TAILS, limits.max_batch)
+        most = max(_PROMPTS, *_TAILS, limits.max_batch)
         tokens = limits.token_budget + most
         # Tables, of bundles too, whose sequences and pages are filled up to powers of two.
         capacity = 8 * tokens + 4 * (most + 64) * (pages + 2 * _ALIGN) + 4 * self._items(most)
@@ -274,19 +274,14 @@ class CudaRunner:
         """Logits ``[chunks that sample, vocabulary]`` and the most probable tokens, until the next step."""
         block = self._layout.block_tokens
         sampled, tokens = sum(chunk.samples for chunk in chunks), sum(chunk.size for chunk in chunks)
-        tails = next((graph for graph in self._tails if graph.room.rows >= tokens), None)
         if chunks[-1].size == 1:
             one = next((graph for graph in self._decodes if graph.room.rows >= len(chunks)), None)
             rows = max(2, one.room.rows) if one else len(chunks)
             step = step_of(chunks, block, self._row_of, rows=rows, items=self._items(rows))
-        elif (
-            chunks[0].size > 1
-            and not (tails and tokens <= _TAILS[0])
-            and (one := next((graph for graph in self._prompts if graph.room.holds(chunks, block)), None))
-        ):
-            step = prompts_of(chunks, block, one.room)
-        elif tails:
+        elif tails := next((graph for graph in self._tails if graph.room.rows >= tokens), None):
             return self._compute_apart(chunks, tails)
+        elif chunks[0].size > 1 and (one := next((g for g in self._prompts if g.room.holds(chunks, block)), None)):
+            step = prompts_of(chunks, block, one.room)
         else:
             items = self._items(sum(chunk.size == 1 for chunk in chunks))
             one = None
@@ -298,7 +293,7 @@ class CudaRunner:
         return self._logits[:sampled], self._ids[:sampled]
 
     def _compute_apart(self, chunks: Seq[Chunk], graph: _Graph) -> _Result:
-        """Few tokens of any chunks, each attended to like a single one."""
+        """Few tokens of any chunks, of which some that follow each other attend together."""
         rows = graph.room.rows
         step = step_of(chunks, self._layout.block_tokens, self._row_of, rows=rows, items=self._items(rows), apart=True)
         ends = self._upload.put(step.arrays())[7]
@@ -375,16 +370,16 @@ def make_runner(network: PreTrainedModel, layout: Layout, device: torch.device, 
 
 def _decode_sizes(most: int) -> list[int]:
     """Batches that are captured; the last one holds ``most``."""
-    sizes = [1, 2, 4, *range(8, 128, 8), *range(128, most + 16, 16)]
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(128, most + 32, 32)]
     return [*(size for size in sizes if size < most), most]
 
 
 def _prompt_rooms(slots: int, limits: Limits, block: int) -> list[Room]:
     """Steps of short prompts that are captured, smallest first: these would take longer to launch than to compute."""
     most = min(1024, limits.token_budget, slots * block)
-    rows = sorted({min(most, rows) for rows in (128, 256, 512, 1024) if most > 1})
+    rows = sorted({min(most, rows) for rows in (256, 512, 1024) if most > _TAILS[-1]})
     near, far = 2048 // block, min(-(-limits.context // block), slots)
-    rooms = [Room(count, sequences, near) for count in rows for sequences in (1, _TOGETHER)]
+    rooms = [Room(count, sequences, near) for count in rows for sequences in (1, _PROMPTS)]
     return rooms + [Room(count, 1, far) for count in rows if far > near]
 
 

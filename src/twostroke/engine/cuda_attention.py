@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AttentionInterface
 
-from twostroke.engine.cuda_kernels import attend_one, gather, store
-from twostroke.engine.cuda_prefill import CudnnAttention, Shape, masked_attention
+from twostroke.engine.cuda_kernels import attend_few, gather, store
+from twostroke.engine.cuda_prefill import COARSE, CudnnAttention, Shape, masked_attention
 
 NAME = "twostroke-cuda"
-_FINE, _COARSE = 128, 512  # rows by which plans differ: for whole prompts all are there from the start
 _REGULAR = 1024  # tokens
 _FAR = 1 << 30  # a window that hides nothing
 _here = threading.local()
@@ -25,13 +24,13 @@ _here = threading.local()
 
 @dataclass(frozen=True)
 class Singles:
-    """The first ``rows`` rows: one token of a sequence each."""
+    """The first ``rows`` rows: one token of a sequence each, or few."""
 
     rows: int
-    tables: torch.Tensor  # int32: slots of row i start at i * sizes[0]
+    tables: torch.Tensor  # int32: slots of table i start at i * sizes[0]
     sizes: torch.Tensor  # int32 [2]: slots of a table, and rows that do not only fill up
     lengths: torch.Tensor  # int32 [rows]: tokens of context, the row's own included
-    work: torch.Tensor  # int32 [items, 3]: see ``attend_one``
+    work: torch.Tensor  # int32 [items, 5]: see ``attend_few``
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Batch:
     arrived: torch.Tensor  # int32, zeros between kernels: how many of those who share a result are done
     following: Mapping[int, torch.Tensor]  # by a weight's address, the weight that is read next
     alone: bool = False  # all rows are copies of the first
-    apart: bool = False  # some rows are tokens of the same sequence, each attended to like a single token
+    apart: bool = False  # some rows are tokens of the same sequence
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -150,16 +149,16 @@ def _attend(
     if (first := singles.rows if singles and not batch.apart else 0) < rows:
         store(key[first:], value[first:], batch.kv, index, batch.places[first:])
     # cuDNN writes whole tiles: some rows beyond a chunk's last.
-    spare = _COARSE if batch.chunks and batch.cudnn else 0
+    spare = COARSE if batch.chunks and batch.cudnn else 0
     out = torch.empty(rows + spare, heads, dim, dtype=query.dtype, device=query.device)
     for chunk in batch.chunks:  # in order of rows: the next one overwrites those beyond
         _attend_chunk(batch, chunk, index, query, key, value, out, scaling, window)
     if batch.bundles:
         _attend_bundles(batch, index, query, out, scaling, window)
     if singles is not None:
-        attend_one(
+        attend_few(
             query, key, value, batch.kv, index, batch.places, singles.tables, singles.sizes, singles.lengths,
-            singles.work, batch.arrived, out, rows=singles.rows, scale=scaling, window=window,
+            singles.work, batch.arrived, out, rows=singles.rows, alone=not batch.apart, scale=scaling, window=window,
         )  # fmt: skip
     return out[None, :rows]
 
@@ -185,7 +184,7 @@ def _attend_chunk(
         keys, values = gather(batch.kv, layer, chunk.table, size)[:, :, :end]
         out[of_chunk] = masked_attention(query[of_chunk], keys, values, scale=scaling, window=shown)
         return
-    rows = CudnnAttention.rows(chunk.count, _COARSE if chunk.start else _FINE)
+    rows = CudnnAttention.rows(chunk.count, whole=not chunk.start)
     # Plans for just these sizes are a little faster. Only those that come again and again are worth their time.
     exact = chunk.count >= _REGULAR and chunk.count.bit_count() == 1 and chunk.start % chunk.count == 0
     inside = chunk.first + rows <= len(query)  # it reads whole tiles

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_ROWS = 128  # a plan's rows are a multiple of this: what cuDNN takes at a time
+_FINE, COARSE = 128, 512  # a plan's rows are a multiple of one of them; cuDNN takes 128 at a time
+_SHORT = 2048  # tokens, up to which whole prompts have plans by fine steps
 _WORKSPACE = 1 << 20  # bytes; these plans ask for 256
 
 
@@ -72,15 +73,17 @@ class CudnnAttention:
         return fits and dtype in (torch.bfloat16, torch.float16) and _frontend() is not None
 
     @staticmethod
-    def rows(count: int, step: int = _ROWS) -> int:
-        """Rows of the plan for ``count`` query tokens. Larger steps, multiples of ``_ROWS``, need fewer plans."""
+    def rows(count: int, *, whole: bool = True) -> int:
+        """Rows of the plan for ``count`` query tokens: of ``whole`` prompts, all can be built at start."""
+        step = _FINE if whole and count <= _SHORT else COARSE
         return -(-count // step) * step
 
-    def build_smaller(self, rows: int) -> None:
-        """Have plans for prompts of all lengths up to ``rows``, like those that there are for one of just that many."""
+    def build_smaller(self, most: int) -> None:
+        """Have plans for prompts of all lengths up to ``most``, like those that there are for one of just that many."""
+        rows = self.rows(most)
         for shape, scale in list(self._plans):
             if shape.rows == shape.keys == rows and not shape.slots:
-                for less in range(_ROWS, rows + 1, _ROWS):
+                for less in sorted({self.rows(count) for count in range(1, most + 1, _FINE)}):
                     strides = [(less * own[2], *own[1:]) for own in (shape.query, shape.key, shape.value)]
                     query, key, value = strides
                     smaller = replace(shape, rows=less, keys=less, query=query, key=key, value=value, exact=False)

@@ -14,6 +14,7 @@ from twostroke.engine.scheduler import Chunk, Sequence
 
 Ints = npt.NDArray[np.int32]
 TILE = 64  # tokens of context, below which those of a single token are not split
+TOGETHER = 8  # tokens that follow each other and read their context together
 _LEAST = 128  # tokens that plans are built for
 PARTS = 64  # of one context, at most
 _ALONE = 2048  # tokens from which on a chunk is attended to by itself, however many others there are
@@ -39,6 +40,15 @@ class Short(NamedTuple):
     table: Ints  # [sequences, pages]: slots
 
 
+class _Read(NamedTuple):
+    """Rows of one sequence, behind each other, that read its context together."""
+
+    first: int
+    rows: int
+    table: int
+    length: int  # tokens of context of the last one, its own included
+
+
 class Room(NamedTuple):
     """The largest step of prompts that a captured graph takes."""
 
@@ -60,8 +70,11 @@ class Step:
     positions: Ints  # [rows]
     places: Ints  # [rows]: slot * block_tokens + offset, where its K and V go; -1: nowhere
     lengths: Ints  # [singles]: tokens of context, the row's own included
-    work: Ints  # [items, 3]: a row of a single token, and which part, of how many, of its context; 0 of 0 is nothing
-    tables: Ints  # [singles, width]: slots
+    work: (
+        Ints  # [items, 5]: (row, rows, table, part, parts): rows that follow each other, all of the sequence with that
+    )
+    # and which part of their context, out of how many; 0 of 0 is nothing
+    tables: Ints  # [singles or their sequences, width]: slots
     singles: int  # rows of single tokens, less those that only fill up
     ends: Ints  # rows that are sampled from
     longs: Seq[Long] = field(default=())
@@ -106,16 +119,19 @@ def step_of(
             nowhere.
         items: into how many parts the contexts of single tokens are split, all together; at least one each.
         together: whether short chunks may be attended to together.
-        apart: whether every token of a chunk is a row like a single token's, with the same table.
+        apart: whether every token of a chunk is a row like a single token's, up to ``TOGETHER`` of which read their
+            context together.
     """
     ids: list[int] = []
     ranges, places, longs = [], [], []
     tables: list[list[int]] = []
+    reads: list[_Read] = []
     for sequence, start, size, _ in chunks:
         end = start + size
         known = sequence.tokens[start:end]
         table = sequence.slots()[: -(-end // block)]
         if size == 1:
+            reads.append(_Read(len(ids), 1, len(tables), end))
             ids += known or [-1 - sampled[sequence]]
             tables.append(table)
             places.append(np.array([table[-1] * block + start % block], np.int32))
@@ -124,7 +140,10 @@ def step_of(
             slots = np.array(table, np.int32)
             at = np.arange(start, end, dtype=np.int32)
             if apart:
-                tables += [table] * size
+                for first in range(0, size, TOGETHER):
+                    count = min(TOGETHER, size - first)
+                    reads.append(_Read(len(ids) + first, count, len(tables), start + first + count))
+                tables.append(table)
             else:
                 longs.append(Long(len(ids), size, start, slots))
             ids += known
@@ -132,22 +151,20 @@ def step_of(
             places.append(slots[at // block] * block + at % block)
     ends = np.cumsum([chunk.size for chunk in chunks], dtype=np.int32) - 1
     spare = max(0, rows - len(ids))
-    decoding = len(tables) + spare
-    width = max(map(len, tables), default=0)
-    slots = np.zeros((decoding, width), np.int32)
+    singles = sum(read.rows for read in reads)
+    slots = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
     for row, table in enumerate(tables):
         slots[row, : len(table)] = table
-    slots[len(tables) :] = slots[:1]
     positions = np.concatenate([*ranges, *[ranges[0][:1]] * spare])
     alone, shorts = _bundle(longs, block) if together else (longs, [])
     return Step(
         ids=np.array(ids + ids[:1] * spare, np.int32),
         positions=positions,
         places=np.concatenate([*places, np.full(spare, -1, np.int32)]),
-        lengths=positions[:decoding] + 1,
-        work=_split(positions[: len(tables)] + 1, max(items, decoding)),
+        lengths=positions[: singles + spare] + 1,
+        work=_split(reads, max(items, singles + spare)),
         tables=slots,
-        singles=len(tables),
+        singles=singles,
         ends=ends[[chunk.samples for chunk in chunks]],
         longs=alone,
         shorts=shorts,
@@ -173,23 +190,24 @@ def prompts_of(chunks: Seq[Chunk], block: int, room: Room) -> Step:
     )
 
 
-def _split(lengths: Ints, items: int) -> Ints:
+def _split(reads: Seq[_Read], items: int) -> Ints:
     """``Step.work``. No part is longer than need be for there to be no more than ``items``, so that all who compute
     them have like amounts to do.
     """
-    work = np.zeros((items, 3), np.int32)
-    if not len(lengths):
+    work = np.zeros((items, 5), np.int32)
+    if not reads:
         return work
-    tiles = -(-lengths // TILE)
+    whose = np.array(reads, np.int32)
+    tiles = -(-whose[:, 3] // TILE)
     most = int(tiles.max())
     # Joining one part takes about an eighth of the time of computing one tile.
     size = max(-(-int(tiles.sum()) // items), -(-most // min(PARTS, isqrt(8 * most))))
     while (parts := -(-tiles // size)).sum() > items:
         size += 1 + size // 16
-    rows = np.repeat(np.arange(len(lengths)), parts)
-    work[: len(rows), 0] = rows
-    work[: len(rows), 1] = np.arange(len(rows)) - (np.cumsum(parts) - parts)[rows]
-    work[: len(rows), 2] = parts[rows]
+    each = np.repeat(np.arange(len(reads)), parts)
+    work[: len(each), :3] = whose[each, :3]
+    work[: len(each), 3] = np.arange(len(each)) - (np.cumsum(parts) - parts)[each]
+    work[: len(each), 4] = parts[each]
     return work
 
 
