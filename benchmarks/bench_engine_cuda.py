@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ from twostroke.engine.runner import Limits
 from twostroke.kv.cuda_memory import CudaPool
 from twostroke.kv.pool import Pool
 from twostroke.messages import Output, Request, Sampling
+from twostroke.worker.worker import TURN_SECONDS
 
 BLOCK = 16
 BUDGET = 8192
@@ -54,6 +56,7 @@ class Engines:
 
     def __init__(self, name: str, slots_bytes: float, chunk: int) -> None:
         self.name = name
+        sys.setswitchinterval(TURN_SECONDS)  # as in a worker
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             self.model = Model(

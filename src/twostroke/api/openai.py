@@ -6,7 +6,7 @@ call), ``parallel_tool_calls`` (there are no tools), ``service_tier`` "auto" or 
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.json import encode
@@ -210,12 +210,12 @@ def _prompts(prompt: str | list[str | int | list[int]], tokenizer: Tokenizer) ->
     """A prompt is text, token ids, or a list of either (not a mixture)."""
     if isinstance(prompt, str):
         return [encode_text(tokenizer, prompt, "prompt")]
-    texts = [item for item in prompt if isinstance(item, str)]
-    ids = [item for item in prompt if isinstance(item, int)]
-    lists = [item for item in prompt if isinstance(item, list)]
-    if len(prompt) not in (len(texts), len(ids), len(lists)):
+    if len(set(map(type, prompt))) > 1:
         raise BadRequest("prompt mixes text and token ids", param="prompt")
-    return [encode_text(tokenizer, text, "prompt") for text in texts] or lists or ([ids] if ids else [])
+    if prompt and isinstance(prompt[0], int):  # nothing more is done with each of what may be many
+        return [cast(TokenIds, prompt)]
+    texts = [item for item in prompt if isinstance(item, str)]
+    return [encode_text(tokenizer, text, "prompt") for text in texts] or [i for i in prompt if isinstance(i, list)]
 
 
 def _include_usage(asked: Body) -> bool:

@@ -44,16 +44,22 @@ def _keys(size: int) -> torch.Tensor:
 def _parts(slots, index, keys, parts, WORDS, FULL, AT_ONCE: tl.constexpr):
     """What some kibibytes of a block add to its sums, each by itself."""
     block = slots + tl.load(index + tl.program_id(0)) * WORDS
-    lanes, stripes = tl.arange(0, 8), tl.arange(0, 16)
     which = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
-    some = which[:, None, None]
-    at = some * 128 + stripes[None, :, None] * 8 + lanes[None, None, :]
-    key = tl.load(keys + stripes[:, None] + lanes[None, :])
-    mixed = tl.load(block + at, some < FULL, 0) ^ key[None, :, :]
-    product = (mixed & 0xFFFFFFFF) * ((mixed >> 32) & 0xFFFFFFFF)
-    sums = tl.sum(tl.load(block + (at ^ 1), some < FULL, 0) + product, 1)
-    out = parts + tl.program_id(0).to(tl.int64) * FULL * 8 + which[:, None] * 8 + lanes[None, :]
-    tl.store(out, sums, which[:, None] < FULL)
+    some, stripes = which[:, None, None, None], tl.arange(0, 16)[None, :, None, None]
+    pairs = (tl.arange(0, 4) * 2)[:, None] + tl.arange(0, 2)[None, :]
+    at = stripes * 8 + pairs[None, None, :, :]
+    a, b = tl.split(tl.load(block + some * 128 + at, some < FULL, 0))
+    key_a, key_b = tl.split(tl.load(keys + stripes + pairs[None, None, :, :]))
+    # A lane also takes in its neighbour's word.
+    sums = tl.join(tl.sum(b + _product(a ^ key_a), 1), tl.sum(a + _product(b ^ key_b), 1))
+    out = parts + tl.program_id(0).to(tl.int64) * FULL * 8 + which[:, None, None] * 8 + pairs[None, :, :]
+    tl.store(out, sums, which[:, None, None] < FULL)
+
+
+@triton.jit
+def _product(mixed):
+    """Of both halves of each word."""
+    return (mixed & 0xFFFFFFFF) * ((mixed >> 32) & 0xFFFFFFFF)
 
 
 @triton.jit
@@ -85,11 +91,10 @@ def _whole(slots, index, keys, parts, out, WORDS, FULL, REST, AT_ONCE: tl.conste
     rest = (stripes < REST)[:, None]
     at = FULL * 128 + stripes[:, None] * 8 + lanes[None, :]
     mixed = tl.load(block + at, rest, 0) ^ key
-    product = (mixed & 0xFFFFFFFF) * ((mixed >> 32) & 0xFFFFFFFF)
-    sums += tl.sum(tl.where(rest, tl.load(block + (at ^ 1), rest, 0) + product, 0), 0)
+    sums += tl.sum(tl.where(rest, tl.load(block + (at ^ 1), rest, 0) + _product(mixed), 0), 0)
     at = WORDS - 8 + lanes
     mixed = tl.load(block + at) ^ tl.load(keys + 24 + lanes)
-    sums += tl.load(block + (at ^ 1)) + (mixed & 0xFFFFFFFF) * ((mixed >> 32) & 0xFFFFFFFF)
+    sums += tl.load(block + (at ^ 1)) + _product(mixed)
     digest = out + tl.program_id(0) * 2
     tl.store(digest, _merged(sums, tl.load(keys + 40 + lanes), tl.load(keys + 57)))
     tl.store(digest + 1, _merged(sums, tl.load(keys + 32 + lanes), tl.load(keys + 56)))
@@ -123,7 +128,7 @@ class Digests:
         count, rest = len(slots), (self._size - 1 - 1024 * self._full) // _STRIPE
         self._index.numpy()[:count] = slots
         arrays, sizes = (self._words, self._index, self._keys, self._parts), (self._size // 8, self._full)
-        _parts[(count, triton.cdiv(self._full, _AT_ONCE) or 1)](*arrays, *sizes, _AT_ONCE, num_warps=4)
+        _parts[(count, triton.cdiv(self._full, _AT_ONCE) or 1)](*arrays, *sizes, _AT_ONCE, num_warps=2)
         _whole[(count,)](*arrays, self._digests, *sizes, rest, _UNROLLED, num_warps=1)
 
     def finish(self, count: int) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
@@ -129,7 +130,8 @@ class Runs(NamedTuple):
 
 def runs(remote: Sequence[Slot], local: Sequence[Slot]) -> Runs:
     """Slots that follow each other at both ends are copied at once."""
-    theirs, ours = np.array(remote, np.uint64), np.array(local, np.uint64)
+    # By way of array, which takes in a list three times as fast.
+    theirs, ours = (np.frombuffer(array("Q", slots), np.uint64) for slots in (remote, local))
     assert len(theirs) == len(ours), "slots are pairs"
     jumps = np.flatnonzero((np.diff(theirs) != 1) | (np.diff(ours) != 1)) + 1
     firsts = np.concatenate(([0], jumps))[: len(theirs)]

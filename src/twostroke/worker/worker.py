@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
 _PATIENCE = 4  # silences, after which a producer that is not at work and writes nothing new into the store is given up
 _HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
-_TURN_SECONDS = 0.0005  # after which a thread gives the interpreter to one that waits: the engine's, and so a GPU
+TURN_SECONDS = 0.0005  # after which a thread gives the interpreter to one that waits: the engine's, and so a GPU
 _LOOK_SECONDS = 0.05  # between looks at what a draining worker still has to finish
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
@@ -491,7 +491,7 @@ async def _run(config: WorkerConfig) -> int:
         if starting.done():
             starting.result()
             settled()
-            sys.setswitchinterval(_TURN_SECONDS)
+            sys.setswitchinterval(TURN_SECONDS)
             await asyncio.wait({serving, dying, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if died.is_set():
             log.critical("the engine thread ended: the worker cannot go on")
