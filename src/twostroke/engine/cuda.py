@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from math import prod
 
 import torch
 from torch._inductor import config as inductor
@@ -55,6 +57,29 @@ def usual_dtype() -> str:
     return "bfloat16"
 
 
+class _Uploaded(Seq[torch.Tensor]):
+    """Arrays in one tensor on the device. A view is made when it is asked for: a captured step needs none, and with
+    each a thread gives up the interpreter, which others may want.
+    """
+
+    def __init__(self, whole: torch.Tensor, arrays: Seq[Ints]) -> None:
+        self._whole = whole
+        self._shapes = [array.shape for array in arrays]
+        self.starts = [0, *accumulate(-(-array.size // _ALIGN) * _ALIGN for array in arrays)]
+
+    @property
+    def size(self) -> int:
+        """Numbers up to the end of the last one."""
+        return self.starts[-1]
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
+        start, shape = self.starts[index], self._shapes[index]
+        return self._whole[start : start + prod(shape)].view(shape)
+
+
 class _Upload:
     """One array of int32 on the device that each step's numbers go to together."""
 
@@ -63,16 +88,14 @@ class _Upload:
         # By turns: the copy of the step before may still be under way.
         self._hosts = [torch.empty(capacity, dtype=torch.int32, pin_memory=True) for _ in range(2)]
 
-    def put(self, arrays: Seq[Ints]) -> list[torch.Tensor]:
+    def put(self, arrays: Seq[Ints]) -> _Uploaded:
         """Start copying; where each array will be. Arrays of the same sizes always go to the same places."""
         self._hosts.reverse()
         host = self._hosts[0].numpy()
-        places, at = [], 0
-        for array in arrays:
-            host[at : at + array.size] = array.reshape(-1)
-            places.append(self._device[at : at + array.size].view(array.shape))
-            at += -(-array.size // _ALIGN) * _ALIGN
-        bring(self._device[:at], self._hosts[0][:at])
+        places = _Uploaded(self._device, arrays)
+        for start, array in zip(places.starts, arrays, strict=False):
+            host[start : start + array.size] = array.reshape(-1)
+        bring(self._device[: places.size], self._hosts[0][: places.size])
         return places
 
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds that a tier may take for one call
 _BATCH_BYTES = 32 << 20  # of one call
 _MOST_BLOCKS = 64  # of one call
-_CALL_SECONDS = 0.05  # that a call to a fast tier may be longer for, so that making it takes no time to speak of
+_CALL_SECONDS = 0.01  # that a call to a fast tier may be longer for, so that making it takes no time to speak of
 _MOST_PENDING = 1 << 16  # blocks that wait to be written into a tier
 
 

@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_SECONDS = 3.0
 _PATIENCE = 4  # silences, after which a producer that is not at work and writes nothing new into the store is given up
 _HELD_SHARE = 8  # of the pool, the part that may be held while it is written into the store
-TURN_SECONDS = 0.0005  # after which a thread gives the interpreter to one that waits: the engine's, and so a GPU
+TURN_SECONDS = 5e-5  # after which a thread gives the interpreter to one that waits: the engine, and so a GPU, soonest
 _LOOK_SECONDS = 0.05  # between looks at what a draining worker still has to finish
 _NO_SLOTS = Slots(total=0, free=0, cached=0, leased=0)
 
