@@ -38,7 +38,7 @@ from twostroke.store.shelf import Shelf
 from twostroke.store.store import Store
 from twostroke.store.tier import Tier
 
-DISK_THREADS = 4
+DISK_THREADS = 8
 
 
 async def host(name: str, size: int, repeats: int) -> list[Row]:

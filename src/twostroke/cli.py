@@ -158,7 +158,7 @@ def serve(
     port
         Port to listen on.
     bootstrap_hosts
-        Prefill workers that foreign routers may name.
+        Prefill workers (host or host:port) that foreign routers may name.
     max_queue
         Waiting requests beyond which new ones get 429.
     link

@@ -133,13 +133,15 @@ async def test_a_gpu_moves_blocks_by_memory_that_is_registered_with_it() -> None
 
 async def test_a_gpu_and_a_service_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "host_id", lambda: "elsewhere")
-    async with serving(MEMORY) as (_, port), client(port, gpu=Gpu()) as tier:
+    gpu = Gpu()
+    async with serving(MEMORY) as (_, port), client(port, gpu=gpu) as tier:
         await tier.open()
         assert await tier.put(MANY, Given(MANY)) == len(MANY)
         target = Taken()
         assert await tier.get(MANY, target) == len(MANY)
         assert target.right(MANY)
         assert tier.offered == tier.mapped == 0
+        assert not gpu.registered, "there is no outbox that nobody would look into"
 
 
 async def test_what_comes_one_after_the_other_has_one_connection() -> None:

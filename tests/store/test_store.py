@@ -211,3 +211,10 @@ async def test_backoff_grows(monkeypatch: pytest.MonkeyPatch) -> None:
                 break
         one.fails = ""
     assert slept[:7] == [1, 2, 4, 8, 16, 32, 60]
+
+
+def test_a_call_to_a_fast_tier_is_longer() -> None:
+    store = Store([MemoryTier("memory")], 1 << 20, most=500)
+    assert store.reach(None) == store.reach(100.0) == store.batch == 32, "32 MiB"
+    assert store.reach(10_000.0) == 100, "what it moves in a hundredth of a second"
+    assert store.reach(1e6) == 500, "but no more than may be held"

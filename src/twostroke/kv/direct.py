@@ -4,7 +4,6 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -20,6 +19,10 @@ _local = threading.local()
 
 class Closeable(Protocol):
     """What somebody else has opened of a file."""
+
+    def __init__(self, fd: int) -> None:
+        """``fd``: ours, of the same file."""
+        ...
 
     def close(self) -> None:
         """Close it."""
@@ -38,12 +41,12 @@ class File:
         self._lock = threading.Lock()
         self._others: dict[type[Closeable], Closeable] = {}
 
-    def opened(self, kind: type[Opened], make: Callable[[int], Opened]) -> Opened:
+    def opened(self, kind: type[Opened]) -> Opened:
         """The one of this kind, made out of the file descriptor if there is none yet."""
         with self._lock:
             found = self._others.get(kind)
             if found is None:
-                found = self._others[kind] = make(self.fd)
+                found = self._others[kind] = kind(self.fd)
         assert isinstance(found, kind), "kept by its kind"
         return found
 

@@ -83,7 +83,7 @@ class CudaFiles:
             return None
         extent.read_head()
         try:
-            count = extent.file.opened(_Open, _Open).file.raw_read(self._memory, file_offset=extent.offset)
+            count = extent.file.opened(_Open).file.raw_read(self._memory, file_offset=extent.offset)
         except RuntimeError as error:  # whatever it was: if it was the file, the host will find out
             self._give_up(error)
             return None
@@ -108,7 +108,7 @@ class CudaFiles:
             return False
         extent.write_head()
         try:
-            count = extent.file.opened(_Open, _Open).file.raw_write(self._memory, file_offset=extent.offset)
+            count = extent.file.opened(_Open).file.raw_write(self._memory, file_offset=extent.offset)
         except RuntimeError as error:
             self._give_up(error)
             return False

@@ -51,12 +51,13 @@ class Source(Protocol):
             digests.append(block and block.digest)
         return digests
 
-    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] = lambda _digest: None) -> bytes | None:
+    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] | None = None) -> bytes | None:
         """Write a block into a file, after ``head`` was told its digest: that, or None. ``OSError``."""
         block = self.block(index)
         if block is None:
             return None
-        head(block.digest)
+        if head is not None:
+            head(block.digest)
         extent.write(block.payload)
         return block.digest
 

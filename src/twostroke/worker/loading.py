@@ -93,6 +93,9 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     if config.link not in ("auto", "store", NixlMemory.link, TcpEndpoint.link, _mapping_link(device)):
         either = f"{_mapping_link(device)}, nixl or tcp"
         raise StartupError(f"--link {config.link} does not go with device {device}: use {either}")
+    files = any(isinstance(tier, configs.DiskTier | configs.DirectoryTier) for tier in config.store)
+    if settings.gds == "on" and (device == "cpu" or not files):
+        raise StartupError("--gds on is for a GPU with a tier in files: --store disk:PATH:SIZE or dir:PATH")
     directory: Path = models.resolve(config.model, say, settings.load_format)
     say(f"loading {directory.name}")
     model = Model(
@@ -128,7 +131,6 @@ def load(config: WorkerConfig, instance: str, secret: str, say: Callable[[str], 
     offers: list[PoolAddress] = []
     servers: list[NixlServer | TcpServer] = []
     make_access = staging(slots)
-    files = any(isinstance(tier, configs.DiskTier | configs.DirectoryTier) for tier in config.store)
     access = of_thread(staging(slots, settings.gds) if files else make_access)
 
     def slowest() -> float:

@@ -88,7 +88,7 @@ class SlotsEnd(Source, Target):
         finally:
             self._gate.leave()
 
-    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] = lambda _digest: None) -> bytes | None:
+    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] | None = None) -> bytes | None:
         """See ``Source.save``."""
         files = self._staging().files
         if files is None:
@@ -99,7 +99,8 @@ class SlotsEnd(Source, Target):
             digest = files.load(self._slots[index])
         finally:
             self._gate.leave()
-        head(digest)
+        if head is not None:
+            head(digest)
         return digest if files.write(extent) else super().save(index, extent, head)
 
     def where(self, index: int) -> Place | None:
