@@ -53,7 +53,7 @@ from twostroke.store.service import ServiceTier
 from twostroke.store.tier import Tier
 
 CHILD = Path(__file__).with_name("peer_child.py")
-DISK_THREADS = 4  # of raw direct I/O, of the disk tier and of fs_native
+DISK_THREADS = 8  # of raw direct I/O, of the disk tier and of fs_native
 SECRET = "benchmark"
 ANSWER_SECONDS = 120.0
 

@@ -70,10 +70,8 @@ class Step:
     positions: Ints  # [rows]
     places: Ints  # [rows]: slot * block_tokens + offset, where its K and V go; -1: nowhere
     lengths: Ints  # [singles]: tokens of context, the row's own included
-    work: (
-        Ints  # [items, 5]: (row, rows, table, part, parts): rows that follow each other, all of the sequence with that
-    )
-    # and which part of their context, out of how many; 0 of 0 is nothing
+    work: Ints  # [items, 5]: (row, rows, table, part, parts): rows of one sequence that follow each other, its table,
+    # and which part of their context, of how many; 0 of 0 is nothing
     tables: Ints  # [singles or their sequences, width]: slots
     singles: int  # rows of single tokens, less those that only fill up
     ends: Ints  # rows that are sampled from
