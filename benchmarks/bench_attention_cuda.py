@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.common import Row, filling, report, row
 from benchmarks.cuda_limits import limits, milliseconds
 from twostroke.engine.cuda_kernels import attend_few, gather
-from twostroke.engine.cuda_prefill import CudnnAttention, Shape
+from twostroke.engine.cuda_prefill import FAR, flash_attention, flash_attention_paged
 from twostroke.engine.cuda_step import step_of
 
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 28, 28, 4, 128, 16
@@ -170,8 +170,6 @@ def prefills(cases: list[tuple[int, int]], rate: float) -> list[Row]:
     the pool finds its context gathered already; the engine's way gathers it.
     """
     rows = []
-    cudnn = CudnnAttention(HEADS, KV_HEADS, DIM, BLOCK, torch.bfloat16, torch.device("cuda", 0))
-    cudnn.enter_stream()
     most = max(count + context for count, context in cases) // BLOCK
     kv = torch.randn(most, LAYERS, 2, KV_HEADS, BLOCK, DIM, device="cuda", dtype=torch.bfloat16)
     for count, context in cases:
@@ -179,12 +177,12 @@ def prefills(cases: list[tuple[int, int]], rate: float) -> list[Row]:
         query = torch.randn(1, HEADS, count, DIM, device="cuda", dtype=torch.bfloat16)
         query = query.transpose(1, 2).contiguous().transpose(1, 2)  # rows first, as the model gives them
         table = torch.randperm(most, device="cuda")[: end // BLOCK].int()
-        keys, values = gather(kv, LAYER, table, end)[:, None]
+        keys, values = gather(kv, LAYER, table)[:, None]
         wide = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values)]
         flops = 4 * HEADS * DIM * (count * context + count * count / 2)
         ways: dict[str, Callable[[], torch.Tensor]] = {
-            "cuDNN frontend, gathered (used)": partial(gathered, cudnn, query[0], kv, table),
-            "cuDNN frontend, in place": partial(paged, cudnn, query[0], kv, table),
+            "FlashAttention 4, gathered (used)": partial(gathered, query[0], kv, table),
+            "FlashAttention 4, in place (used for short chunks)": partial(paged, query[0], kv, table),
             "SDPA, flash": partial(whole, query, wide[0], wide[1], SDPBackend.FLASH_ATTENTION),
             "SDPA, cuDNN": partial(whole, query, wide[0], wide[1], SDPBackend.CUDNN_ATTENTION),
             "torch varlen": partial(packed, query, wide[0], wide[1]),
@@ -202,7 +200,7 @@ def prefills(cases: list[tuple[int, int]], rate: float) -> list[Row]:
         for name, work in ways.items():
             what = f"prefill {count} after {context}: {name}"
             try:
-                wrong = error(work().reshape(right.shape) if "in place" in name or "frontend" in name else right, right)
+                wrong = error(work().reshape(right.shape) if "in place" in name or "gathered" in name else right, right)
                 assert wrong < 1e-2, f"{what}: {wrong}"
                 times = milliseconds(work)
             except (RuntimeError, TypeError, ImportError, NotImplementedError) as failure:
@@ -212,32 +210,25 @@ def prefills(cases: list[tuple[int, int]], rate: float) -> list[Row]:
     return rows
 
 
-def gathered(cudnn: CudnnAttention, query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def gathered(query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The engine's way with a long chunk behind a context. Without one it does not gather."""
-    heads, rows, dim = query.shape
-    end = len(table) * BLOCK
-    keys, values = gather(kv, LAYER, table, end)
-    strides = (KV_HEADS * end * dim, end * dim, dim, 1)
-    shape = Shape(1, rows, end, (rows * heads * dim, dim, heads * dim, 1), strides, strides, exact=True)
-    out = query.new_empty(rows, heads, dim)
-    cudnn.run(shape, SCALE, q=query, k=keys, v=values, out=out)
+    rows = query.transpose(0, 1)
+    out = query.new_empty(rows.shape)
+    keys, values = gather(kv, LAYER, table).transpose(1, 2)
+    flash_attention(rows, keys, values, out, scale=SCALE, window=FAR)
     return out
 
 
-def paged(cudnn: CudnnAttention, query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def paged(query: torch.Tensor, kv: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The engine's way with many short chunks, here with one."""
-    heads, rows, dim = query.shape
-    pool, pages = kv[:, LAYER], len(table)
-    lengths = {
-        name: torch.tensor(value, device="cuda", dtype=torch.int32)
-        for name, value in {"rows": [rows], "keys": [pages * BLOCK], "starts": [0, rows * heads * dim]}.items()
-    }
-    shape = Shape(
-        1, rows, pages * BLOCK, (rows * heads * dim, dim, heads * dim, 1), tuple(pool[:, 0].stride()),
-        tuple(pool[:, 1].stride()), packed=True, slots=len(pool), pages=pages,
-    )  # fmt: skip
-    out = query.new_empty(rows, heads, dim)
-    cudnn.run(shape, SCALE, q=query, k=pool[:, 0], v=pool[:, 1], out=out, table=table[None], **lengths)
+    rows = query.transpose(0, 1)
+    out = query.new_empty(rows.shape)
+    count, starts, keys = (
+        torch.tensor(value, device="cuda", dtype=torch.int32)
+        for value in ([len(rows)], [0, len(rows)], [len(table) * BLOCK])
+    )
+    lengths = {"starts": starts, "rows": count, "keys": keys, "table": table[None]}
+    flash_attention_paged(rows, kv[:, LAYER], out, **lengths, scale=SCALE, window=FAR)
     return out
 
 

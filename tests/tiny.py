@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {"head_dim": 16, "num_hidden_layers": 3},
     "Qwen3MoeForCausalLM": {"head_dim": 8, "num_key_value_heads": 1, **_MOE},
     "MistralForCausalLM": {"sliding_window": None},
-    "MistralForCausalLM+sliding_window": {"sliding_window": 7},
+    "MistralForCausalLM+sliding_window": {"sliding_window": 7, "head_dim": 16},
 }
 
 

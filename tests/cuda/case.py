@@ -7,7 +7,6 @@ import torch
 
 from twostroke.engine.cuda_attention import Batch, Bundle, Singles
 from twostroke.engine.cuda_attention import Chunk as DeviceChunk
-from twostroke.engine.cuda_prefill import CudnnAttention
 from twostroke.engine.cuda_step import Ints, Room, Step, prompts_of, step_of
 from twostroke.engine.scheduler import Chunk, Sequence
 from twostroke.kv.keys import root_key
@@ -50,28 +49,14 @@ def on_gpu(array: Ints) -> torch.Tensor:
     return torch.from_numpy(array.copy()).to(DEVICE)
 
 
-def batch_of(step: Step, kv: torch.Tensor, heads: int, cudnn: CudnnAttention | None) -> Batch:
+def batch_of(step: Step, kv: torch.Tensor, flash: bool) -> Batch:
     """What a runner makes of a step."""
     _, _, places, lengths, work, sizes, tables, _ = (on_gpu(array) for array in step.arrays()[:8])
-    size = heads * kv.shape[5]
-    chunks = [
-        DeviceChunk(
-            one.first,
-            one.tokens,
-            one.start,
-            on_gpu(one.table),
-            torch.tensor([one.tokens], dtype=torch.int32, device=DEVICE),
-            torch.tensor([one.start + one.tokens], dtype=torch.int32, device=DEVICE),
-        )
-        for one in step.longs
-    ]
-    bundles = [
-        Bundle(one.most, one.reach, on_gpu(one.rows), on_gpu(one.keys), on_gpu(one.starts) * size, on_gpu(one.table))
-        for one in step.shorts
-    ]
+    chunks = [DeviceChunk(one.first, one.tokens, one.start, on_gpu(one.table)) for one in step.longs]
+    bundles = [Bundle(*(on_gpu(array) for array in one)) for one in step.shorts]
     singles = Singles(len(lengths), tables, sizes, lengths, work) if len(lengths) else None
     arrived = torch.zeros(1 << 12, dtype=torch.int32, device=DEVICE)
-    return Batch(kv, places, singles, chunks, bundles, cudnn, PROCESSORS, arrived, {})
+    return Batch(kv, places, singles, chunks, bundles, flash, PROCESSORS, arrived, {})
 
 
 class Case:
@@ -137,20 +122,16 @@ class Case:
         k, v = ([x[start:] for x, start in zip(of, starts, strict=True)] for of in (self.k, self.v))
         return torch.cat(self.q), torch.cat(k), torch.cat(v)
 
-    def run(
-        self, cudnn: CudnnAttention | None, *, window: int = FAR, room: Room | None = None, strided: bool = False
-    ) -> torch.Tensor:
+    def run(self, flash: bool, *, window: int = FAR, room: Room | None = None, strided: bool = False) -> torch.Tensor:
         """``[rows, heads, dim]`` of the operator. ``room``: filled up as for a captured graph. ``strided``: Q, K and V
         are columns of one matrix, as a fused projection gives them.
         """
         step = (
             prompts_of(self.asked(), self.block, room)
             if room
-            else step_of(
-                self.asked(), self.block, {}, items=2 * PROCESSORS // self.kv_heads, together=cudnn is not None
-            )
+            else step_of(self.asked(), self.block, {}, items=2 * PROCESSORS // self.kv_heads, together=flash)
         )
-        batch = batch_of(step, self.kv, self.heads, cudnn)
+        batch = batch_of(step, self.kv, flash)
         q, k, v = self.new()
         rows = len(q)
         spare = len(step.ids) - rows

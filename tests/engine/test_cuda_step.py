@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.rig import sequences
-from twostroke.engine.cuda_step import PARTS, TILE, TOGETHER, Room, Step, prompts_of, step_of
+from twostroke.engine.cuda_step import BUNDLE, PARTS, TILE, TOGETHER, Room, Step, prompts_of, step_of
 from twostroke.engine.scheduler import Chunk, Sequence
 from twostroke.kv.keys import root_key
 from twostroke.kv.pool import Lease, Pool
@@ -71,14 +71,13 @@ def check_singles(step: Step, chunks: Seq[Chunk], block: int) -> None:
 
 
 def check_prompts(step: Step, chunks: Seq[Chunk], block: int) -> None:
-    """Every chunk of several tokens is attended to once, and bundles are as cuDNN wants them."""
+    """Every chunk of several tokens is attended to once, and bundles are as FlashAttention wants them."""
     at, expected = 0, []
     for one in chunks:
         if one.size > 1:
             expected.append((at, one.size, one.start + one.size, table_of(one, block)))
         at += one.size
     seen = [(one.first, one.tokens, one.start + one.tokens, one.table.tolist()) for one in step.longs]
-    assert seen == sorted(seen), "a chunk alone overwrites what lies beyond it"
     for short in step.shorts:
         count = int((short.rows > 0).sum())
         assert short.rows[count:].tolist() == [0] * (len(short.rows) - count)
@@ -86,8 +85,6 @@ def check_prompts(step: Step, chunks: Seq[Chunk], block: int) -> None:
         assert short.starts.shape == (len(short.rows) + 1,)
         assert (np.diff(short.starts) >= 0).all()
         assert short.starts[count] >= short.starts[count - 1] + short.rows[count - 1]
-        assert short.most >= short.rows.max()
-        assert short.reach >= short.starts[count - 1] + short.most
         assert short.table.shape[0] == len(short.rows) == len(short.keys)
         for index in range(count):
             pages = -(-int(short.keys[index]) // block)
@@ -101,10 +98,6 @@ def check_prompts(step: Step, chunks: Seq[Chunk], block: int) -> None:
                 )
             )
     assert sorted(seen) == sorted(expected)
-
-
-def is_power(count: int) -> bool:
-    return count.bit_count() == 1
 
 
 # -- by example ------------------------------------------------------------------------------------------------------
@@ -223,24 +216,30 @@ def test_one_short_chunk_is_alone() -> None:
     assert not step.shorts
 
 
-def test_chunks_of_like_size_are_bundled() -> None:
+def test_short_chunks_are_bundled() -> None:
     sizes = [2, 128, 100, 129, 256, 500, ALONE, 3, ALONE + 1, 300]
     chunks = [chunk(7, 1), *(chunk(40, size) for size in sizes)]
     step = step_of(chunks, 16, {})
     assert [one.tokens for one in step.longs] == [ALONE, ALONE + 1]
-    assert [short.rows.tolist() for short in step.shorts] == [[2, 128, 100, 3], [129, 256], [500, 300]]
-    assert [short.most for short in step.shorts] == [128, 256, 512]
+    assert [short.rows.tolist() for short in step.shorts] == [[2, 128, 100, 129, 256, 500, 3, 300]]
     check_prompts(step, chunks, 16)
 
 
-def test_bundles_are_filled_up_to_powers_of_two() -> None:
+def test_a_bundle_has_a_table_of_the_longest() -> None:
     chunks = [chunk(start, 10) for start in (0, 16 * 9, 30)]
     (short,) = step_of(chunks, 16, {}).shorts
-    assert short.rows.tolist() == [10, 10, 10, 0]
-    assert short.keys.tolist() == [10, 154, 40, 1]
-    assert short.starts.tolist() == [0, 10, 20, 30, 30]
-    assert short.table.shape == (4, 16)
+    assert short.rows.tolist() == [10, 10, 10]
+    assert short.keys.tolist() == [10, 154, 40]
+    assert short.starts.tolist() == [0, 10, 20, 30]
+    assert short.table.shape == (3, 10)
     check_prompts(step_of(chunks, 16, {}), chunks, 16)
+
+
+def test_very_many_chunks_are_several_bundles() -> None:
+    chunks = [chunk(16, 2) for _ in range(BUNDLE + 3)]
+    step = step_of(chunks, 16, {})
+    assert [len(short.rows) for short in step.shorts] == [BUNDLE, 3]
+    check_prompts(step, chunks, 16)
 
 
 def test_nothing_is_bundled_unless_allowed() -> None:
@@ -266,8 +265,6 @@ def test_prompts_in_a_room_have_the_sizes_of_the_room(shapes: list[tuple[int, in
     step = prompts_of(chunks, 16, room)
     full = prompts_of([chunk(0, 64)], 16, room)
     assert [array.shape for array in step.arrays()] == [array.shape for array in full.arrays()]
-    assert [short.most for short in step.shorts] == [short.most for short in full.shorts]
-    assert [short.reach for short in step.shorts] == [short.reach for short in full.shorts]
     rows = rows_of(chunks, 16, {})
     assert found(step)[: len(rows)] == rows
     assert found(step)[len(rows) :] == [Row(0, 0, -1)] * (64 - len(rows))
@@ -322,7 +319,4 @@ def test_any_step(
     for short in step.shorts:
         assert (short.rows > 0).sum() > 1 or short.keys[0] > short.rows[0], "who is alone and has no context stays so"
         assert short.rows.max() < ALONE
-        assert is_power(short.most)
-        assert is_power(len(short.rows))
-        assert is_power(short.table.shape[1])
     assert all(array.dtype == np.int32 for array in step.arrays())

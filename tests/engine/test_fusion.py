@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.activations import SiLUActivation
 
 from tests.engine.rig import sequences
 from tests.tiny import ARCHITECTURES
@@ -76,9 +77,10 @@ def test_nothing_of_a_step_outlives_it(tiny_model: Tiny, architecture: str) -> N
     assert all(module.input is None and module.results == () for module in fused)
 
 
-def test_another_product_computes_every_linear_map(tiny_model: Tiny) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_products_compute_every_linear_map(tiny_model: Tiny, architecture: str) -> None:
     """In the order in which their weights are returned: what is fetched ahead must be what is read next."""
-    model = load(tiny_model("LlamaForCausalLM"))
+    model = load(tiny_model(architecture))
     (sequence,) = sequences([*range(10, 25)], slots=20, block_tokens=4)
     right = model.forward([Chunk(sequence, 0, 15, True)])
     called: list[torch.Tensor] = []
@@ -87,10 +89,37 @@ def test_another_product_computes_every_linear_map(tiny_model: Tiny) -> None:
         called.append(weight)
         return torch.nn.functional.linear(x, weight, bias)
 
-    weights = use_product(network(model), product)
-    assert torch.equal(model.forward([Chunk(sequence, 0, 15, True)]), right)
+    def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        called.append(weight)
+        gate, up = (x @ weight.T).chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    weights = use_product(network(model), product, gated)
+    torch.testing.assert_close(model.forward([Chunk(sequence, 0, 15, True)]), right)
     assert [weight.data_ptr() for weight in called] == [weight.data_ptr() for weight in weights]
-    assert len(weights) == 4 * network(model).config.num_hidden_layers + 1
+    assert len(weights) == (2 if "Moe" in architecture else 4) * network(model).config.num_hidden_layers + 1
+
+
+def test_only_gates_with_silu_and_without_biases_are_gated() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self, act_fn: torch.nn.Module, bias: bool) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(4, 4, bias=bias) for _ in range(3))
+            self.act_fn = act_fn
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return result
+
+    def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("this one is another function")
+
+    for layer in (Layer(torch.nn.GELU(), bias=False), Layer(SiLUActivation(), bias=True)):
+        x = torch.randn(3, 4)
+        right, whole = layer(x), torch.nn.Sequential(layer)
+        fuse(whole)
+        use_product(whole, torch.nn.functional.linear, gated)
+        torch.testing.assert_close(whole(x), right)
 
 
 def test_another_input_is_refused(tiny_model: Tiny) -> None:

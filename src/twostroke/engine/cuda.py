@@ -22,7 +22,7 @@ from twostroke.engine.cuda_attention import Batch, Bundle, Singles, mark_layers
 from twostroke.engine.cuda_attention import Chunk as DeviceChunk
 from twostroke.engine.cuda_experts import use_few_experts
 from twostroke.engine.cuda_kernels import bring, early
-from twostroke.engine.cuda_prefill import CudnnAttention
+from twostroke.engine.cuda_prefill import is_supported
 from twostroke.engine.cuda_product import use_products
 from twostroke.engine.cuda_step import Ints, Room, Step, prompts_of, step_of
 from twostroke.engine.runner import Launched, Limits
@@ -135,15 +135,14 @@ class CudaRunner:
         self._layout = layout
         self._device = device
         self._dtype = getattr(torch, layout.dtype)
-        self._heads = int(network.config.get_text_config().num_attention_heads)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         mark_layers(network)
-        self._cudnn: CudnnAttention | None = None
-        if CudnnAttention.is_supported(layout.head_dim, layout.block_tokens, self._dtype):
-            shape = (self._heads, layout.kv_heads, layout.head_dim, layout.block_tokens)
-            self._cudnn = CudnnAttention(*shape, self._dtype, device)
-        elif self._dtype != torch.float32:
-            log.warning("prefill attention falls back to torch's: pip install nvidia-cudnn-frontend")
+        self._flash = is_supported(layout.head_dim, self._dtype, device)
+        if not self._flash and self._dtype != torch.float32:
+            log.warning(
+                "prefill attention falls back to torch's: FlashAttention wants flash-attn-4, Hopper or Blackwell, "
+                "and heads of 16, 32, .. 128 or 256"
+            )
         experts = getattr(network.config.get_text_config(), "num_experts_per_tok", 0) or 0
         self._following: Mapping[int, torch.Tensor] = {}
         if self._dtype == torch.bfloat16:
@@ -188,8 +187,6 @@ class CudaRunner:
             self._try(most)  # the largest first: kernels are tuned for the size that they are compiled at
             if most >= sum(_MIXED):
                 self._try(*_MIXED)
-            if self._cudnn is not None:
-                self._cudnn.build_smaller(most)
             say("capturing graphs")
             self._capture(limits)
 
@@ -239,7 +236,7 @@ class CudaRunner:
 
         with torch.cuda.stream(stream):
             self._brought(self._ids)  # so that it is compiled
-            if self._cudnn is not None:
+            if self._flash:
                 for room in reversed(_prompt_rooms(len(self._kv), limits, block)):
                     step = prompts_of([_anything(room.rows, self._layout)], block, room)
                     self._prompts.insert(0, captured(room, step, partial(self._prefill, step)))
@@ -308,7 +305,7 @@ class CudaRunner:
         else:
             items = self._items(sum(chunk.size == 1 for chunk in chunks))
             one = None
-            step = step_of(chunks, block, self._row_of, items=items, together=self._cudnn is not None)
+            step = step_of(chunks, block, self._row_of, items=items, together=self._flash)
         arrays = self._upload.put(step.arrays())
         if one is None:
             return self._prefill(step, arrays)
@@ -333,12 +330,8 @@ class CudaRunner:
         """Any step, from where its arrays were uploaded to."""
         ids, positions, places, lengths, work, sizes, tables, ends, *rest = arrays
         more = iter(rest)
-        size = self._heads * self._layout.head_dim
-        chunks = [DeviceChunk(c.first, c.tokens, c.start, next(more), next(more), next(more)) for c in step.longs]
-        bundles = []
-        for one in step.shorts:
-            counts, keys, starts, table = (next(more) for _ in range(4))
-            bundles.append(Bundle(one.most, one.reach, counts, keys, starts * size, table))
+        chunks = [DeviceChunk(c.first, c.tokens, c.start, next(more)) for c in step.longs]
+        bundles = [Bundle(*(next(more) for _ in range(4))) for _ in step.shorts]
         singles = Singles(len(lengths), tables, sizes, lengths, work) if len(lengths) else None
         return self._run(self._batch(places, singles, chunks, bundles), ids, positions, ends)
 
@@ -358,7 +351,7 @@ class CudaRunner:
             singles,
             chunks,
             bundles,
-            self._cudnn,
+            self._flash,
             self._processors,
             self._arrived,
             self._following,

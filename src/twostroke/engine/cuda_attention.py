@@ -14,11 +14,9 @@ import torch
 from transformers import AttentionInterface
 
 from twostroke.engine.cuda_kernels import attend_few, gather, store
-from twostroke.engine.cuda_prefill import COARSE, CudnnAttention, Shape, masked_attention
+from twostroke.engine.cuda_prefill import FAR, flash_attention, flash_attention_paged, masked_attention
 
 NAME = "twostroke-cuda"
-_REGULAR = 1024  # tokens
-_FAR = 1 << 30  # a window that hides nothing
 _here = threading.local()
 
 
@@ -41,19 +39,15 @@ class Chunk:
     count: int
     start: int
     table: torch.Tensor  # int32 [blocks]: slots of tokens 0 .. start + count - 1
-    rows: torch.Tensor  # int32 [1]: count
-    keys: torch.Tensor  # int32 [1]: start + count
 
 
 @dataclass(frozen=True)
 class Bundle:
     """Chunks of many sequences that are attended to in one call, their context read in place."""
 
-    most: int  # tokens of the longest, or more
-    reach: int  # row up to which whole tiles of the longest may be read, from wherever a sequence starts
     rows: torch.Tensor  # int32 [sequences]; 0 for those that only fill up
     keys: torch.Tensor  # int32 [sequences]
-    starts: torch.Tensor  # int32 [sequences + 1]: element of each sequence's first row
+    starts: torch.Tensor  # int32 [sequences + 1]: each sequence's first row
     table: torch.Tensor  # int32 [sequences, pages]
 
 
@@ -66,7 +60,7 @@ class Batch:
     singles: Singles | None
     chunks: Seq[Chunk]
     bundles: Seq[Bundle]
-    cudnn: CudnnAttention | None
+    flash: bool  # FlashAttention is there
     processors: int  # of the device
     arrived: torch.Tensor  # int32, zeros between kernels: how many of those who share a result are done
     following: Mapping[int, torch.Tensor]  # by a weight's address, the weight that is read next
@@ -77,8 +71,6 @@ class Batch:
     def entered(self) -> Iterator[None]:
         """Attention in this thread is that of this step."""
         _here.batch = self
-        if self.cudnn is not None:
-            self.cudnn.enter_stream()
         try:
             yield
         finally:
@@ -116,7 +108,7 @@ def attention(
     Arguments and result are as transformers has them: ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and
     ``value`` ``[1, kv_heads, rows, head_dim]``, the result ``[1, rows, heads, head_dim]``.
     """
-    window = _FAR if sliding_window is None else sliding_window
+    window = FAR if sliding_window is None else sliding_window
     return torch.ops.twostroke.attend(query, key, value, module.twostroke_layer, scaling, window), None
 
 
@@ -148,19 +140,22 @@ def _attend(
     singles = batch.singles
     if (first := singles.rows if singles and not batch.apart else 0) < rows:
         store(key[first:], value[first:], batch.kv, index, batch.places[first:])
-    # cuDNN writes whole tiles: some rows beyond a chunk's last.
-    spare = COARSE if batch.chunks and batch.cudnn else 0
-    out = torch.empty(rows + spare, heads, dim, dtype=query.dtype, device=query.device)
-    for chunk in batch.chunks:  # in order of rows: the next one overwrites those beyond
-        _attend_chunk(batch, chunk, index, query, key, value, out, scaling, window)
-    if batch.bundles:
-        _attend_bundles(batch, index, query, out, scaling, window)
+    out = torch.empty(rows, heads, dim, dtype=query.dtype, device=query.device)
+    for chunk in batch.chunks:
+        of_chunk = slice(chunk.first, chunk.first + chunk.count)
+        step = (x[of_chunk] for x in (query, key, value))
+        _attend_chunk(batch, chunk, index, *step, out=out[of_chunk], scale=scaling, window=window)
+    for bundle in batch.bundles:
+        flash_attention_paged(
+            query, batch.kv[:, index], out, starts=bundle.starts, rows=bundle.rows, keys=bundle.keys,
+            table=bundle.table, scale=scaling, window=window,
+        )  # fmt: skip
     if singles is not None:
         attend_few(
             query, key, value, batch.kv, index, batch.places, singles.tables, singles.sizes, singles.lengths,
             singles.work, batch.arrived, out, rows=singles.rows, alone=not batch.apart, scale=scaling, window=window,
         )  # fmt: skip
-    return out[None, :rows]
+    return out[None]
 
 
 def _attend_chunk(
@@ -168,73 +163,19 @@ def _attend_chunk(
     chunk: Chunk,
     layer: int,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
     out: torch.Tensor,
-    scaling: float,
+    scale: float,
     window: int,
 ) -> None:
     """One chunk by itself: its context is copied together, if it has any before it."""
-    kv_heads, dim = key.shape[1:]
     end = chunk.start + chunk.count
-    shown = window if window < end else None
-    of_chunk = slice(chunk.first, chunk.first + chunk.count)
-    if batch.cudnn is None:
-        size = len(chunk.table) * batch.kv.shape[4]
-        keys, values = gather(batch.kv, layer, chunk.table, size)[:, :, :end]
-        out[of_chunk] = masked_attention(query[of_chunk], keys, values, scale=scaling, window=shown)
-        return
-    rows = CudnnAttention.rows(chunk.count, whole=not chunk.start)
-    # Plans for just these sizes are a little faster. Only those that come again and again are worth their time.
-    exact = chunk.count >= _REGULAR and chunk.count.bit_count() == 1 and chunk.start % chunk.count == 0
-    inside = chunk.first + rows <= len(query)  # it reads whole tiles
-    query = query[chunk.first :] if inside else _padded(query[of_chunk], rows)
     if chunk.start:
-        size = end if exact else 1 << (end - 1).bit_length()
-        keys, values = gather(batch.kv, layer, chunk.table, size)
-        key_strides: tuple[int, ...] = (kv_heads * size * dim, size * dim, dim, 1)
-        value_strides = key_strides
+        keys, values = gather(batch.kv, layer, chunk.table)[:, :, :end].transpose(1, 2)
+    if batch.flash:
+        flash_attention(query, keys, values, out, scale=scale, window=window)
     else:
-        size = rows
-        keys, values = (x[chunk.first :] if inside else _padded(x[of_chunk], rows) for x in (key, value))
-        key_strides, value_strides = _strides(keys, size), _strides(values, size)
-    shape = Shape(1, rows, size, _strides(query, rows), key_strides, value_strides, window=shown, exact=exact)
-    batch.cudnn.run(shape, scaling, q=query, k=keys, v=values, out=out[chunk.first :], rows=chunk.rows, keys=chunk.keys)
-
-
-def _attend_bundles(
-    batch: Batch, layer: int, query: torch.Tensor, out: torch.Tensor, scaling: float, window: int
-) -> None:
-    assert batch.cudnn is not None, "chunks are bundled for cuDNN"
-    heads, dim = query.shape[1:]
-    pool = batch.kv[:, layer]
-    reach = max(bundle.reach for bundle in batch.bundles)
-    if reach > len(query) or not query.is_contiguous():
-        query = _padded(query, max(reach, len(query)))
-    for bundle in batch.bundles:
-        rows = CudnnAttention.rows(bundle.most)
-        sequences, pages = bundle.table.shape
-        keys = pages * pool.shape[3]
-        shape = Shape(
-            sequences, rows, keys, (rows * heads * dim, dim, heads * dim, 1), tuple(pool[:, 0].stride()),
-            tuple(pool[:, 1].stride()), packed=True, slots=len(pool), pages=pages,
-            window=window if window < keys else None,
-        )  # fmt: skip
-        batch.cudnn.run(
-            shape, scaling, q=query, k=pool[:, 0], v=pool[:, 1], out=out,
-            rows=bundle.rows, keys=bundle.keys, starts=bundle.starts, table=bundle.table,
-        )  # fmt: skip
-
-
-def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """A dense copy with zeros up to ``rows`` rows: not even with weight 0 may attention meet what is not a number."""
-    padded = tensor.new_empty(rows, *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    padded[len(tensor) :] = 0
-    return padded
-
-
-def _strides(tensor: torch.Tensor, rows: int) -> tuple[int, ...]:
-    """Strides of ``[rows, heads, dim]`` as cuDNN's (batch, head, token, dim)."""
-    token, head, dim = tensor.stride()
-    return (rows * token, head, token, dim)
+        keys, values = (x.transpose(0, 1) for x in (keys, values))
+        out[:] = masked_attention(query, keys, values, scale=scale, window=window if window < end else None)

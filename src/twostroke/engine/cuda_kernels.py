@@ -15,7 +15,6 @@ from twostroke.engine.cuda_step import PARTS, TILE, TOGETHER
 _TILE_BYTES = 16 << 10  # of K, or V, that a program takes at a time, at most
 _BROUGHT = 1024  # numbers that a program brings
 _LEAST = 16  # of each side of a matrix product
-_ZEROED = 256  # tokens; attention reads whole tiles, and not even with weight 0 may it meet what is not a number
 
 
 @cache
@@ -54,13 +53,12 @@ def _bring(source, target, count, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def _gather(kv, table, blocks, out, slot_stride, layer_offset, out_head, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """K or V of one head of one block, ``SIZE`` elements in a row on either side; zeros behind the last block."""
+def _gather(kv, table, out, slot_stride, layer_offset, out_head, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """K or V of one head of one block, ``SIZE`` elements in a row on either side."""
     block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     elements = tl.arange(0, WIDE)
-    real = (block < blocks) & (elements < SIZE)
-    slot = tl.load(table + block, block < blocks, 0).to(tl.int64)
-    found = tl.load(kv + slot * slot_stride + layer_offset + part * SIZE + elements, real, 0.0)
+    slot = tl.load(table + block).to(tl.int64)
+    found = tl.load(kv + slot * slot_stride + layer_offset + part * SIZE + elements, elements < SIZE)
     tl.store(out + part * out_head + block * SIZE + elements, found, elements < SIZE)
 
 
@@ -220,25 +218,23 @@ def bring(target: torch.Tensor, source: torch.Tensor) -> None:
     _bring[(triton.cdiv(count, _BROUGHT),)](source, target, count, _BROUGHT)
 
 
-def gather(kv: torch.Tensor, layer: int, table: torch.Tensor, size: int) -> torch.Tensor:
+def gather(kv: torch.Tensor, layer: int, table: torch.Tensor) -> torch.Tensor:
     """K and V of one sequence, copied together.
 
     Args:
         kv: the pool.
         layer: whose.
         table: ``int32 [blocks]``: its slots.
-        size: tokens that the result has room for; what is ``_ZEROED`` tokens beyond the blocks is anything.
 
     Returns:
-        ``[2, kv_heads, size, head_dim]``.
+        ``[2, kv_heads, blocks * block_tokens, head_dim]``.
     """
     _, _, _, kv_heads, block, dim = kv.shape
+    size = len(table) * block
     out = kv.new_empty(2, kv_heads, size, dim)
-    blocks = min(len(table) + triton.cdiv(_ZEROED, block), size // block)
-    _gather[(blocks, 2 * kv_heads)](
+    _gather[(len(table), 2 * kv_heads)](
         kv,
         table,
-        len(table),
         out,
         kv.stride(0),
         layer * kv.stride(1),

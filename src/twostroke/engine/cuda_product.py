@@ -1,11 +1,11 @@
-"""Matrix products on CUDA, as one operator for all linear maps: Triton kernels for few rows, else cuBLAS.
+"""Matrix products on CUDA, as operators: Triton kernels for few rows, cuBLAS, and QuACK's for gates of many rows.
 
 With few rows a product takes as long as reading its weight. Between two products the memory would have nothing to do,
 so the last programs of one have the beginning of the next one's weight brought into the cache.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from twostroke.engine.cuda_attention import current
 from twostroke.engine.cuda_kernels import early
+from twostroke.engine.cuda_prefill import GENERATIONS, package
 from twostroke.engine.fusion import use_product
 
 _LEAST = 16  # of each side of a matrix product
@@ -23,6 +24,10 @@ _FULL = 0.8  # share of the last wave of programs that must have work
 _AHEAD = 6 << 20  # bytes of the next weight: what the memory delivers in the time between two products
 _LAST = 528  # programs that have them brought
 _LINE = 128  # bytes of a line of the cache
+_PAIR = 256  # rows of two tiles of QuACK's, which are computed together
+_USED = 0.9  # share of these that must be rows for it to be faster
+_WIDTH = 8  # that it wants both sides of a weight to be a multiple of
+_WHOLE = 1024  # results of a program that applies a gate
 
 
 @triton.jit
@@ -152,17 +157,26 @@ def multiply(
     return y
 
 
-torch.library.define("twostroke::product", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+@triton.jit
+def _gate(x, y, N, WIDE: tl.constexpr, EARLY: tl.constexpr):
+    """``silu(left) * right`` of the halves of each row."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    left = tl.load(x + 2 * row * N + at, at < N).to(tl.float32)
+    right = tl.load(x + (2 * row + 1) * N + at, at < N).to(tl.float32)
+    tl.store(y + row * N + at, left * tl.sigmoid(left) * right, at < N)
 
 
-@torch.library.register_fake("twostroke::product")
-def _product_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    del bias
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _quack() -> Any:  # noqa: ANN401 - it has no types
+    """QuACK's products, where it and a GPU that they are for is there."""
+    return package("quack.gemm_interface") if torch.cuda.get_device_capability()[0] in GENERATIONS else None
 
 
-@torch.library.impl("twostroke::product", "CUDA")
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` for any number of rows, within an entered ``Batch``."""
     batch = current()
     y = multiply(
         x.flatten(0, -2),
@@ -175,8 +189,60 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     return linear(x, weight, bias) if y is None else y.view(*x.shape[:-1], len(weight))
 
 
+def _pairs(rows: int) -> int:
+    """What QuACK computes, for so many."""
+    return -(-rows // _PAIR) * _PAIR
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``silu(x @ gate.T) * (x @ up.T)``, within an entered ``Batch``.
+
+    Args:
+        x: ``[..., inner]``, the last dimension dense.
+        weight: ``[2 * outer, inner]``: that of the gate, then the other.
+
+    Returns:
+        ``[..., outer]``.
+    """
+    rows, inner, outer = x.shape[:-1].numel(), x.shape[-1], len(weight) // 2
+    y = x.new_empty(*x.shape[:-1], outer)
+    if rows >= _USED * _pairs(rows) and not (inner % _WIDTH or outer % _WIDTH) and (quack := _quack()):
+        quack.gemm_gated(
+            x.view(rows, inner), weight.T, postact_out=y.view(rows, outer), activation="swiglu", store_preact=False,
+            concat_layout=("B",), tuned=False,
+        )  # fmt: skip
+    else:
+        grid = triton.cdiv(outer, _WHOLE), rows
+        _gate[grid](product(x, weight, None), y, outer, _WHOLE, early(), num_warps=4, launch_pdl=early())
+    return y
+
+
+torch.library.define("twostroke::product", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("twostroke::gated", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.register_fake("twostroke::product")
+def _product_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    del bias
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("twostroke::gated")
+def _gated_shape(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+torch.library.impl("twostroke::product", "CUDA", product)
+torch.library.impl("twostroke::gated", "CUDA", gated)
+
+
 def _operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y: torch.Tensor = torch.ops.twostroke.product(x, weight, bias)
+    return y
+
+
+def _gated_operator(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.twostroke.gated(x, weight)
     return y
 
 
@@ -186,5 +252,5 @@ def use_products(network: nn.Module) -> Mapping[int, torch.Tensor]:
     Returns:
         By each weight's address, the weight that is read next: that of the next linear map, as the modules are ordered.
     """
-    weights = use_product(network, _operator)
+    weights = use_product(network, _operator, _gated_operator)
     return {one.data_ptr(): following for one, following in zip(weights, [*weights[1:], *weights[:1]], strict=True)}

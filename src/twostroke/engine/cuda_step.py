@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from itertools import groupby
 from math import isqrt
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ from twostroke.engine.scheduler import Chunk, Sequence
 Ints = npt.NDArray[np.int32]
 TILE = 64  # tokens of context, below which those of a single token are not split
 TOGETHER = 8  # tokens that follow each other and read their context together
-_LEAST = 128  # tokens that plans are built for
 PARTS = 64  # of one context, at most
+BUNDLE = 256  # sequences that are attended to in one call: for more, FlashAttention takes a kernel of its own
 _ALONE = 2048  # tokens from which on a chunk is attended to by itself, however many others there are
 
 
@@ -32,8 +31,6 @@ class Long(NamedTuple):
 class Short(NamedTuple):
     """Chunks that are attended to together; filled up with empty ones."""
 
-    most: int  # tokens of the longest, or more
-    reach: int  # row up to which ``most`` tokens reach, from wherever a sequence may start
     rows: Ints  # [sequences]: tokens
     keys: Ints  # [sequences]: tokens of context, its own included
     starts: Ints  # [sequences + 1]: first rows
@@ -80,7 +77,7 @@ class Step:
 
     def arrays(self) -> list[Ints]:
         """All arrays. What comes after ``tables`` can only be found by who knows their size."""
-        of_longs = [a for one in self.longs for a in (one.table, _ints(one.tokens), _ints(one.start + one.tokens))]
+        of_longs = [one.table for one in self.longs]
         of_shorts = [a for one in self.shorts for a in (one.rows, one.keys, one.starts, one.table)]
         sizes = np.array([self.tables.shape[1], self.singles], np.int32)
         return [
@@ -154,7 +151,7 @@ def step_of(
     for row, table in enumerate(tables):
         slots[row, : len(table)] = table
     positions = np.concatenate([*ranges, *[ranges[0][:1]] * spare])
-    alone, shorts = _bundle(longs, block) if together else (longs, [])
+    alone, shorts = _bundle(longs) if together else (longs, [])
     return Step(
         ids=np.array(ids + ids[:1] * spare, np.int32),
         positions=positions,
@@ -184,7 +181,7 @@ def prompts_of(chunks: Seq[Chunk], block: int, room: Room) -> Step:
         tables=step.tables,
         singles=0,
         ends=np.pad(step.ends, (0, room.sequences - len(step.ends))),
-        shorts=[_together(step.longs, room, room.rows if room.sequences == 1 else 2 * room.rows)],
+        shorts=[_together(step.longs, room.sequences, room.pages)],
     )
 
 
@@ -209,34 +206,19 @@ def _split(reads: Seq[_Read], items: int) -> Ints:
     return work
 
 
-def _bundle(chunks: list[Long], block: int) -> tuple[list[Long], list[Short]]:
-    """Those that stay alone, and bundles of the others, so that few kinds of plans are needed."""
-
-    def size(chunk: Long) -> int:
-        return max(_LEAST, _power(chunk.tokens))
-
-    alone = [chunk for chunk in chunks if chunk.tokens >= _ALONE]
-    shorts = []
-    for _, group in groupby(sorted((chunk for chunk in chunks if chunk.tokens < _ALONE), key=size), size):
-        together = list(group)
-        if len(together) == 1 and together[0].start == 0:
-            alone += together
-        else:
-            shorts.append(_short(together))
-    return sorted(alone), shorts
+def _bundle(chunks: list[Long]) -> tuple[list[Long], list[Short]]:
+    """Those that are attended to alone, and bundles of the others."""
+    short = [chunk for chunk in chunks if chunk.tokens < _ALONE]
+    if len(short) == 1 and short[0].start == 0:
+        return chunks, []
+    bundles = [short[first : first + BUNDLE] for first in range(0, len(short), BUNDLE)]
+    return [chunk for chunk in chunks if chunk.tokens >= _ALONE], [_together(bundle) for bundle in bundles]
 
 
-def _short(chunks: list[Long]) -> Short:
-    """Of chunks of like size. Plans are built for powers of two."""
-    chunks = sorted(chunks, key=lambda chunk: chunk.first)
-    pages = _power(max(len(chunk.table) for chunk in chunks))
-    most = max(_LEAST, _power(max(chunk.tokens for chunk in chunks)))
-    reach = chunks[-1].first + chunks[-1].tokens + most
-    return _together(chunks, Room(most, _power(len(chunks)), pages), reach)
-
-
-def _together(chunks: Seq[Long], room: Room, reach: int) -> Short:
-    most, sequences, pages = room
+def _together(chunks: Seq[Long], sequences: int = 0, pages: int = 0) -> Short:
+    """Filled up to so many ``sequences`` of so many ``pages``."""
+    sequences = max(sequences, len(chunks))
+    pages = max(pages, *(len(chunk.table) for chunk in chunks))
     rows, keys = np.zeros(sequences, np.int32), np.ones(sequences, np.int32)
     starts = np.zeros(sequences + 1, np.int32)
     table = np.zeros((sequences, pages), np.int32)
@@ -244,12 +226,4 @@ def _together(chunks: Seq[Long], room: Room, reach: int) -> Short:
         rows[index], keys[index], starts[index] = chunk.tokens, chunk.start + chunk.tokens, chunk.first
         table[index, : len(chunk.table)] = chunk.table
     starts[len(chunks) :] = chunks[-1].first + chunks[-1].tokens
-    return Short(most, reach, rows, keys, starts, table)
-
-
-def _ints(value: int) -> Ints:
-    return np.array([value], np.int32)
-
-
-def _power(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return Short(rows, keys, starts, table)

@@ -5,9 +5,12 @@ from collections.abc import Sequence as Seq
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # input, weight, bias
+Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # input, weight [2 * inner, outer]
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # of all such modules: down(act(gate(x)) * up(x))
 
 
 class _Fused(nn.Module):
@@ -78,12 +81,32 @@ class _Linear(nn.Module):
         return self.product(input, self.weight, self.bias)
 
 
-def use_product(network: nn.Module, product: Product) -> list[torch.Tensor]:
-    """Have all linear maps of the network computed by ``product``; returns their weights, in the modules' order."""
+class _Gated(nn.Module):
+    """A feed-forward layer whose first product and activation are one."""
+
+    def __init__(self, weight: nn.Parameter, down: nn.Module, gated: Gated) -> None:
+        super().__init__()
+        self.weight, self.down_proj, self.gated = weight, down, gated
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.down_proj(self.gated(input, self.weight))
+        return result
+
+
+def use_product(network: nn.Module, product: Product, gated: Gated) -> list[torch.Tensor]:
+    """Have all linear maps of the network computed by ``product``, and gates with SiLU of fused feed-forward layers by
+    ``gated``: ``silu(x @ gate.T) * (x @ up.T)``, for ``weight`` of both. Returns their weights, in the modules' order.
+    """
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if {part for part, _ in child.named_children()} == _GATED and isinstance(child.act_fn, SiLUActivation):
+                gate, down = child.get_submodule("gate_proj"), child.get_submodule("down_proj")
+                if isinstance(gate, _Fused) and gate.bias is None:
+                    setattr(module, name, _Gated(gate.weight, down, gated))
     for module in list(network.modules()):
         if isinstance(module, _Fused):
             module.product = product
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, _Linear(child, product))
-    return [module.weight for module in network.modules() if isinstance(module, _Fused | _Linear)]
+    return [module.weight for module in network.modules() if isinstance(module, _Fused | _Linear | _Gated)]
