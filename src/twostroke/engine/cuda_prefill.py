@@ -21,18 +21,29 @@ GENERATIONS = (9, 10)  # Hopper and Blackwell: on others, its kernels cannot rea
 
 @cache
 def package(name: str) -> Any:  # noqa: ANN401 - they have no types
-    """A module of kernels that CuTe compiles; ``None`` if it is not there. What is compiled stays in a folder of the
-    user's: the packages' own places for it are ones that others can write to.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twostroke"
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder / "flash-attention"))
-    os.environ.setdefault("QUACK_CACHE_DIR", str(folder / "quack"))
-    warnings.filterwarnings("ignore", ".* cannot be converted to a JitArgument", UserWarning)  # at each compilation
+    """A module of kernels that CuTe compiles; ``None`` if it is not there."""
+    keep_compiled()
     try:
         return import_module(name)
     except ImportError:
         return None
+
+
+def keep_compiled() -> None:
+    """What CuTe compiles stays in a folder of the user's, or nowhere: the packages' own places for it are ones that
+    others can write to. They look at this when they are imported.
+    """
+    warnings.filterwarnings("ignore", ".* cannot be converted to a JitArgument", UserWarning)  # at each compilation
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twostroke"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # nobody's home
+        kept = False
+    for name, part in (("FLASH_ATTENTION_CUTE_DSL", "flash-attention"), ("QUACK", "quack")):
+        os.environ.setdefault(f"{name}_CACHE_ENABLED", str(int(kept)))
+        if kept:
+            os.environ.setdefault(f"{name}_CACHE_DIR", str(folder / part))
 
 
 def _flash() -> Any:  # noqa: ANN401
