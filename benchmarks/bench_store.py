@@ -29,7 +29,7 @@ from twostroke.kv.direct import PAGE, aligned, open_direct, pages, read_at, writ
 from twostroke.kv.keys import block_keys, root_key
 from twostroke.kv.memory import PoolMemory
 from twostroke.store.directory import DirectoryTier
-from twostroke.store.disk import disk_tier
+from twostroke.store.disk import DISK_THREADS, disk_tier
 from twostroke.store.eviction import POLICIES, Policy
 from twostroke.store.format import HEADER_BYTES, Header, pack
 from twostroke.store.host import HostTier
@@ -37,8 +37,6 @@ from twostroke.store.segment import Segment
 from twostroke.store.shelf import Shelf
 from twostroke.store.store import Store
 from twostroke.store.tier import Tier
-
-DISK_THREADS = 8
 
 
 async def host(name: str, size: int, repeats: int) -> list[Row]:

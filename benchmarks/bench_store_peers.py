@@ -46,14 +46,13 @@ from benchmarks.store_pool import FINGERPRINT, SIZES, Pool, key
 from twostroke.kv.direct import aligned, open_direct, pages, read_at, write_at
 from twostroke.kv.memory import PoolMemory
 from twostroke.store.directory import DirectoryTier
-from twostroke.store.disk import disk_tier
+from twostroke.store.disk import DISK_THREADS, disk_tier
 from twostroke.store.host import HostTier
 from twostroke.store.segment import Segment
 from twostroke.store.service import ServiceTier
 from twostroke.store.tier import Tier
 
 CHILD = Path(__file__).with_name("peer_child.py")
-DISK_THREADS = 8  # of raw direct I/O, of the disk tier and of fs_native
 SECRET = "benchmark"
 ANSWER_SECONDS = 120.0
 

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from twostroke.kv.direct import _HUGE, _LONG, _RING, PAGE, Extent, File, aligned, is_aligned, open_direct, pages
+from twostroke.kv.direct import (
+    _HUGE,
+    _LONG,
+    _MOST_PIECES,
+    _RING,
+    PAGE,
+    Extent,
+    File,
+    aligned,
+    is_aligned,
+    open_direct,
+    pages,
+)
 
 SIZES = [0, 1, PAGE, PAGE + 1, _LONG - 1, _LONG, 368_640, _HUGE, _HUGE + 1, 3 * _HUGE]
 
@@ -20,9 +32,9 @@ def test_it_is_zeros_in_whole_pages(size: int) -> None:
     assert bytes(memory[-3:]) == b"xxx"
 
 
-@pytest.mark.parametrize("size", [1000, 3 * PAGE, _HUGE + 5, _RING + 1])
+@pytest.mark.parametrize("size", [1000, 3 * PAGE, _MOST_PIECES * PAGE, _HUGE + 5, _RING + 1])
 def test_what_is_read_is_what_was_written_many_times_round(tmp_path: Path, size: int) -> None:
-    """By way of a thread's buffers, the payload from memory that direct I/O does not take."""
+    """By way of a thread's buffers, the payload from memory that direct I/O does not take, or not at once."""
     file = File(open_direct(str(tmp_path / "blocks"), os.O_RDWR | os.O_CREAT))
     for turn in range(12):
         extent = Extent(file, turn * pages(size), size)

@@ -112,8 +112,12 @@ class Gpu:
         self.threads.add(threading.get_ident())
 
 
-async def test_a_gpu_moves_blocks_by_memory_that_is_registered_with_it() -> None:
+@pytest.mark.parametrize("size", [service._OUTBOX_BYTES, 3 * BYTES], ids=["one offer", "several"])
+async def test_a_gpu_moves_blocks_by_memory_that_is_registered_with_it(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its pool the service cannot map: blocks go through an outbox, which it can; many times round."""
+    monkeypatch.setattr(service, "_OUTBOX_BYTES", size)
     gpu, pools = Gpu(), MiB // BYTES
     async with serving(MEMORY) as (_, port):
         async with client(port, gpu=gpu) as tier:

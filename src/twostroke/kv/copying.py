@@ -26,28 +26,22 @@ def copy(target: memoryview | Bytes, source: memoryview | Bytes) -> None:
         raise ValueError(f"{len(from_)} bytes do not fit into {len(to)}")
     if not to.flags.writeable:
         raise ValueError("the target is read-only")
-    copy_lines = kernel() if len(to) >= _LEAST else None
-    if copy_lines is None:
+    copy_bytes = kernel() if len(to) >= _LEAST else None
+    if copy_bytes is None:
         np.copyto(to, from_)
-        return
-    address = to.ctypes.data
-    first = -address % LINE
-    count = (len(to) - first) // LINE
-    copy_lines(address + first, from_.ctypes.data + first, count)
-    for rest in (slice(first), slice(first + count * LINE, None)):
-        if to[rest].size:
-            np.copyto(to[rest], from_[rest])
+    else:
+        copy_bytes(to, from_)
 
 
 @cache
-def kernel() -> Callable[[int, int, int], None] | None:
-    """What copies from one address to another, a multiple of ``LINE``, so many lines; None without Numba, as in other
-    systems' processes. The first call takes up to a second: make it before somebody waits for a copy.
+def kernel() -> Callable[[Bytes, Bytes], None] | None:
+    """What copies the second of two equally long memories to the first; None without Numba, as in other systems'
+    processes. The first call takes up to a second: make it before somebody waits for a copy.
     """
     try:
-        from twostroke.kv.lines import copy_lines
+        from twostroke.kv.lines import copy_bytes
     except ImportError:
         log.info("without Numba, blocks are copied through the caches")
         return None
-    found: Callable[[int, int, int], None] = copy_lines
+    found: Callable[[Bytes, Bytes], None] = copy_bytes
     return found

@@ -16,6 +16,7 @@ PAGE = mmap.PAGESIZE  # alignment of memory, offsets and sizes; a multiple of ev
 _HUGE = 2 << 20  # bytes of a huge page
 _LONG = 64 << 10  # bytes, from which on one is worth it
 _RING = 8 << 20  # bytes of a thread's buffers
+_MOST_PIECES = 256  # of memory that one request of the kernel takes, or fewer: more would be cut into several
 
 
 _local = threading.local()
@@ -85,7 +86,7 @@ class Extent(NamedTuple):
     def write(self, payload: memoryview) -> None:
         """Write the payload. ``OSError``."""
         buffer, head = payload, self.head
-        if not is_aligned(buffer):
+        if self.size >= _MOST_PIECES * PAGE or not is_aligned(buffer):  # a pool's pages are small, and lie anywhere
             buffer = _buffer(self.size)
             copy(buffer[: self.size], payload)
         if head is None or os.pwritev(self.file.fd, [head, buffer], self.offset - len(head)) < len(head) + len(buffer):

@@ -33,11 +33,23 @@ def _fence(typing: Any) -> Any:  # pragma: no cover - compiled
     return types.void(), generate
 
 
-@numba.njit("void(uintp, uintp, uintp)", nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def copy_lines(target: Any, source: Any, count: Any) -> None:  # pragma: no cover - compiled
-    """Copy ``count`` lines between addresses; ``target`` is a multiple of ``LINE``."""
+_TARGET = types.Array(types.uint8, 1, "C")
+_READ_ONLY = types.Array(types.uint8, 1, "C", readonly=True)
+
+
+@numba.njit([types.void(_TARGET, _TARGET), types.void(_TARGET, _READ_ONLY)], nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def copy_bytes(target: Any, source: Any) -> None:  # pragma: no cover - compiled
+    """Copy all bytes of ``source`` to ``target``, which is as long."""
+    size, to, from_ = len(target), target.ctypes.data, source.ctypes.data
+    first = min(types.uintp(-to % LINE), types.uintp(size))
+    for byte in range(first):
+        target[byte] = source[byte]
+    count = (size - first) // LINE
+    to, from_ = to + first, from_ + first
     for _ in range(count):
-        _copy_line(target, source)
-        target += types.uintp(LINE)
-        source += types.uintp(LINE)
+        _copy_line(to, from_)
+        to += types.uintp(LINE)
+        from_ += types.uintp(LINE)
+    for byte in range(first + count * LINE, size):
+        target[byte] = source[byte]
     _fence()

@@ -26,7 +26,7 @@ from twostroke.store.segment import Segment
 from twostroke.store.slots import SlotTier
 
 log = logging.getLogger(__name__)
-_THREADS = 8
+DISK_THREADS = 8  # that read, and as many that write
 _SEGMENTS = 32  # of a full tier, about
 RETRY_SECONDS = 30.0  # between attempts to grow on a full disk
 _MOST_OWNERS = 64  # of one name
@@ -243,4 +243,4 @@ def disk_tier(
     if capacity < Segment.file_bytes(1, block_bytes):
         raise MemoryTooSmall(f"a disk tier of {capacity:,} bytes does not hold one block of {block_bytes:,}")
     folder = _Folder(path, block_bytes, fingerprint, capacity, owner)
-    return SlotTier("disk", folder, policy, capacity=capacity, threads=_THREADS)
+    return SlotTier("disk", folder, policy, capacity=capacity, threads=DISK_THREADS)

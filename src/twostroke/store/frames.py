@@ -16,7 +16,7 @@ from twostroke.links.framing import Framing, Nonce, Proof, Refused
 from twostroke.messages import Count, Manage, Managed, Name, PoolAddress, TierReport
 from twostroke.store.tier import TierFailed
 
-VERSION = 3
+VERSION = 4
 MAX_MESSAGE = 128 << 10  # bytes
 MAX_KEYS = 4096  # in one message
 OPERATOR = bytes(16)  # no layout's fingerprint
@@ -106,19 +106,31 @@ class Outcome(Struct, frozen=True, tag=17, forbid_unknown_fields=True):
 
 
 class Offer(Struct, frozen=True, tag=14, forbid_unknown_fields=True):
-    """I have these blocks: in these slots of memory that you can map if you are on my machine. → ``Copied``"""
+    """I have these blocks: in these slots of memory that you can map if you are on my machine. → ``Copied``
+
+    Without digests the service takes them, and asks what it has read by ``Copied``: the client's ``Kept`` is answered
+    by ``Done``.
+    """
 
     keys: Keys
     pool: PoolAddress
     slots: Annotated[list[Count], Meta(max_length=MAX_KEYS)]
-    digests: Annotated[bytes, Meta(max_length=16 * MAX_KEYS)]  # one after the other
+    digests: Annotated[bytes, Meta(max_length=16 * MAX_KEYS)]  # one after the other; or none
 
 
 class Copied(Struct, frozen=True, tag=15, forbid_unknown_fields=True):
-    """How many of them are here now. Whether the memory could be mapped: if not, they must be sent."""
+    """How many of them are here now; none yet that came without digests. Whether the memory could be mapped: if not,
+    they must be sent.
+    """
 
     count: Annotated[int, Meta(ge=0, le=MAX_KEYS)]
     mapped: bool
+
+
+class Kept(Struct, frozen=True, tag=19, forbid_unknown_fields=True):
+    """Whether the slots held these blocks all the time: only then they count."""
+
+    kept: bool
 
 
 class Ask(Struct, frozen=True, tag=9, forbid_unknown_fields=True):
@@ -135,7 +147,7 @@ Request = Has | Get | Put | Ask | Borrow | Offer | Order
 FRAMING = Framing(
     b"2sts",
     VERSION,
-    Request | Hello | Challenge | Proof | Mask | Done | Answer | Refused | Lent | Returned | Copied | Outcome,
+    Request | Hello | Challenge | Proof | Mask | Done | Answer | Refused | Lent | Returned | Copied | Kept | Outcome,
     most=MAX_MESSAGE,
     block=BLOCK,
     error=TierFailed,

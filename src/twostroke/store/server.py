@@ -24,7 +24,7 @@ from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind
 from twostroke.links.wire import Listener, Wire
 from twostroke.messages import Manage, Managed, ManagedTier, PoolAddress, TierReport
-from twostroke.store.format import Corrupt, Sealed, verify
+from twostroke.store.format import Corrupt, Sealed, seal, verify
 from twostroke.store.frames import (
     BLOCK,
     FRAMING,
@@ -39,6 +39,7 @@ from twostroke.store.frames import (
     Get,
     Has,
     Hello,
+    Kept,
     Lent,
     Mask,
     Offer,
@@ -53,7 +54,7 @@ from twostroke.store.frames import (
 from twostroke.store.host import HostTier, Loan
 from twostroke.store.management import Whole, manage
 from twostroke.store.service import PATIENCE, SLOWEST
-from twostroke.store.slots import SlotTier
+from twostroke.store.slots import Provisional, SlotTier
 from twostroke.store.store import Hold, Store
 from twostroke.store.tier import Place, Source, Target, TierFailed
 
@@ -277,7 +278,7 @@ class Server:
                 wire.say(Mask(bytes(mask)), PATIENCE)
                 wire.say(Done(self._take(shop, inbox, wanted) + mask.count(False)), PATIENCE)
             case Offer():
-                self._copy(wire, shop, request)
+                self._copy(wire, shop, request) if request.digests else self._copy_and_ask(wire, shop, request)
             case Borrow():
                 self._lend(wire, shop, request)
             case Ask():
@@ -315,12 +316,12 @@ class Server:
             self._loop.call_soon_threadsafe(loan.release)
 
     def _copy(self, wire: Wire, shop: Shop, offer: Offer) -> None:
-        """Have what is offered copied, and with it what else is offered meanwhile: answers come in order."""
+        """Have what is offered with digests copied, and with it what else is meanwhile: answers come in order."""
         copying = deque([self._begin_copy(wire, shop, offer)])
         while copying:
             if len(copying) < AT_ONCE and not wire.quiet:
                 following = _request(wire)
-                if not isinstance(following, Offer):
+                if not isinstance(following, Offer) or not following.digests:
                     raise TierFailed("the client asked for something else before it had heard of its offers")
                 copying.append(self._begin_copy(wire, shop, following))
                 continue
@@ -329,14 +330,41 @@ class Server:
 
     def _begin_copy(self, wire: Wire, shop: Shop, offer: Offer) -> "Future[int] | None":
         """None if its memory cannot be mapped."""
-        keys, memory = split(offer.keys), self._map(wire, offer.pool, shop.block_bytes)
-        if memory is None:
+        payloads = self._payloads(wire, shop, offer)
+        if payloads is None:
             return None
-        if not len(keys) == len(offer.slots) == len(offer.digests) / 16 or max(offer.slots, default=0) >= len(memory):
+        if len(offer.digests) != 16 * len(payloads):
             raise TierFailed("the client offered other blocks")
         digests = [offer.digests[at : at + 16] for at in range(0, len(offer.digests), 16)]
-        blocks = [Sealed(memory[slot].data, digest) for slot, digest in zip(offer.slots, digests, strict=True)]
-        return self._begin(shop.put(keys, _Taken(blocks)))
+        return self._begin(shop.put(split(offer.keys), _Taken([*map(Sealed, payloads, digests)])))
+
+    def _copy_and_ask(self, wire: Wire, shop: Shop, offer: Offer) -> None:
+        """Have what is offered without digests copied; it counts if the client says that it held it meanwhile."""
+        payloads = self._payloads(wire, shop, offer)
+        if payloads is None:
+            wire.say(Copied(0, mapped=False), PATIENCE)
+            return
+        offered = _Offered(payloads)
+        storing = self._begin(shop.put(split(offer.keys), offered))
+        storing.add_done_callback(lambda _: offered.read.set())
+        try:
+            if not offered.read.wait(_CALL_SECONDS):
+                raise TierFailed("the tier takes too long")
+            wire.say(Copied(0, mapped=True), PATIENCE)
+            offered.held.set_result(wire.hear(Kept, time.monotonic() + PATIENCE).kept)
+        finally:
+            if not offered.held.done():  # it has hung up, or is too slow
+                offered.held.set_result(False)
+        wire.say(Done(storing.result(_CALL_SECONDS)), PATIENCE)
+
+    def _payloads(self, wire: Wire, shop: Shop, offer: Offer) -> list[memoryview] | None:
+        """What is offered, in the client's memory. None if that cannot be mapped."""
+        memory = self._map(wire, offer.pool, shop.block_bytes)
+        if memory is None:
+            return None
+        if len(split(offer.keys)) != len(offer.slots) or max(offer.slots, default=0) >= len(memory):
+            raise TierFailed("the client offered other blocks")
+        return [memory[slot].data for slot in offer.slots]
 
     def _map(self, wire: Wire, pool: PoolAddress, block_bytes: int) -> Bytes | None:
         """A client's memory, mapped once for all of its connections; None if it cannot be."""
@@ -393,6 +421,28 @@ class _Outlet(Target):
             gone, self._open = not self._open, False
         if gone:
             raise ConnectionError("the client is gone, or too slow")
+
+
+class _Offered(Provisional):
+    """See ``Provisional``: blocks in a client's memory, of which it has to say afterwards that it held them there."""
+
+    def __init__(self, payloads: Sequence[memoryview]) -> None:
+        self.read = threading.Event()  # nothing more of them is read
+        self.held = Future[bool]()  # what the client says then
+        self._payloads = payloads
+
+    def block(self, index: int) -> Sealed | None:
+        """See ``Source.block``."""
+        return seal(self._payloads[index])
+
+    def where(self, index: int) -> Place | None:
+        """See ``Source.where``."""
+        return None
+
+    async def kept(self) -> bool:
+        """See ``Provisional.kept``."""
+        self.read.set()
+        return await asyncio.wrap_future(self.held)
 
 
 class _Taken(Source):

@@ -39,6 +39,7 @@ from twostroke.store.frames import (
     Get,
     Has,
     Hello,
+    Kept,
     Lent,
     Mask,
     Offer,
@@ -48,14 +49,14 @@ from twostroke.store.frames import (
     Returned,
 )
 from twostroke.store.threads import Threads
-from twostroke.store.tier import Register, Source, Target, TierFailed, Usage
+from twostroke.store.tier import Place, Register, Source, Target, TierFailed, Usage
 
 log = logging.getLogger(__name__)
 PATIENCE = 2.0  # seconds: to connect, and without a byte
 SLOWEST = 32 << 20  # bytes a second
-_OFFER_BYTES = 32 << 20  # that the service copies at once: four offers a quarter as large take up to 1.4 times as long
+_OFFER_BYTES = 256 << 20  # that the service copies at once out of a pool
 _OUTBOX_BYTES = 8 << 20  # the same out of an outbox, which has room for some of them
-_AHEAD = 2  # offers of a connection that it has not answered while we prepare another
+_AHEAD = 2  # of these, that it has not answered while we prepare another
 _THREADS = 4
 _LEAST = 8  # blocks that are worth a connection of their own
 Result = TypeVar("Result")
@@ -232,7 +233,8 @@ class ServiceTier:
         """See ``Tier.put``."""
 
         def some(session: Session, first: int, end: int) -> int:
-            done, stored = self._offer(session, keys[first:end], first, source)
+            offer = self._offer if self._register is None else self._offer_by_outbox
+            done, stored = offer(session, keys[first:end], first, source)
             for at in range(first + done, end, MAX_KEYS):
                 stored += _put(session, keys[at : min(end, at + MAX_KEYS)], at, source)
             return stored
@@ -272,10 +274,38 @@ class ServiceTier:
             raise TierFailed(str(error)) from error
 
     def _offer(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> tuple[int, int]:
-        """Have the service copy blocks out of our memory, while we take the next ones' digests: how many of the first
-        keys that is, none if it cannot, and how many of them it has now.
+        """Have the service copy blocks out of our pool, and tell it whether they were there all the time: how many of
+        the first keys that is, none if it cannot, and how many of them it has now.
         """
-        size, waiting = self._offered_at_once, deque[Offer]()
+        size, stored = max(1, min(MAX_KEYS, _OFFER_BYTES // self._block_bytes)), 0
+        for at in range(0, len(keys), size):
+            some = keys[at : at + size]
+            indexes = range(first + at, first + at + len(some))
+            places = self._places(source, indexes)
+            if places is None or not session.offers:
+                return at, stored
+            offer = Offer(b"".join(some), places[0].pool, [place.slot for place in places], b"")
+            session.say(offer)
+            session.offers = session.hear(Copied, len(some) * self._block_bytes / SLOWEST).mapped
+            if not session.offers:
+                return at, stored
+            count = session.ask(Kept(places == self._places(source, indexes)), Done).count
+            self.offered += count
+            stored += count
+        return len(keys), stored
+
+    def _places(self, source: Source, indexes: range) -> list[Place] | None:
+        """Where blocks are now; None if they are not all in one pool on our machine."""
+        places = [place for place in map(source.where, indexes) if place is not None]
+        if len(places) < len(indexes) or any(place.pool != places[0].pool for place in places):
+            return None
+        return places if places[0].pool.host == self._host else None
+
+    def _offer_by_outbox(
+        self, session: Session, keys: Sequence[BlockKey], first: int, source: Source
+    ) -> tuple[int, int]:
+        """The same for blocks that lie where it cannot look, by copies: it copies these while more are made."""
+        size, waiting = max(1, min(MAX_KEYS, _OUTBOX_BYTES // self._block_bytes)), deque[Offer]()
         done = stored = 0
 
         def hear() -> None:
@@ -286,11 +316,15 @@ class ServiceTier:
             stored += copied.count if session.offers else 0
 
         for at in range(0, len(keys), size):
-            offer = self._describe(session, keys[at : at + size], first + at, source) if session.offers else None
-            if offer is None:
+            if not self._near or not session.offers:
                 break
-            session.say(offer)
-            waiting.append(offer)
+            outbox = self._outbox(session, (_AHEAD + 2) * size)
+            slots, digests = outbox.fill(range(first + at, first + min(at + size, len(keys))), source)
+            whole = [digest for digest in digests if digest is not None]
+            if len(whole) < len(slots):
+                break
+            waiting.append(Offer(b"".join(keys[at : at + size]), outbox.address, slots, b"".join(whole)))
+            session.say(waiting[-1])
             if len(waiting) > _AHEAD:
                 hear()
         while waiting:
@@ -298,37 +332,15 @@ class ServiceTier:
         self.offered += stored
         return done, stored
 
-    @property
-    def _offered_at_once(self) -> int:
-        """Blocks of an offer."""
-        most = _OFFER_BYTES if self._register is None else _OUTBOX_BYTES
-        return max(1, min(MAX_KEYS, most // self._block_bytes))
-
-    def _describe(self, session: Session, keys: Sequence[BlockKey], first: int, source: Source) -> Offer | None:
-        """Where the service finds blocks; None if it does not."""
-        indexes = range(first, first + len(keys))
-        if self._register is not None:
-            if not self._near:
-                return None
-            if session.outbox is None:
-                try:
-                    size = (_AHEAD + 2) * self._offered_at_once
-                    session.outbox = Outbox(size, self._block_bytes, self._register)
-                except MemoryTooSmall as error:
-                    raise TierFailed(f"there is no memory for an outbox: {error.message}") from error
-            slots, filled = session.outbox.fill(indexes, source)
-            whole = [digest for digest in filled if digest is not None]
-            return Offer(b"".join(keys), session.outbox.address, slots, b"".join(whole)) if whole == filled else None
-        places = [source.where(index) for index in indexes]
-        pool = places[0].pool if places[0] is not None else None
-        if pool is None or pool.host != self._host:
-            return None
-        slots = [place.slot for place in places if place is not None and place.pool == pool]
-        blocks = [source.block(index) for index in indexes]
-        digests = [block.digest for block in blocks if block is not None]
-        if not len(slots) == len(digests) == len(keys):
-            return None
-        return Offer(b"".join(keys), pool, slots, b"".join(digests))
+    def _outbox(self, session: Session, slots: int) -> Outbox:
+        """This connection's, made when it is first used."""
+        if session.outbox is None:
+            assert self._register is not None, "a GPU's"
+            try:
+                session.outbox = Outbox(slots, self._block_bytes, self._register)
+            except MemoryTooSmall as error:
+                raise TierFailed(f"there is no memory for an outbox: {error.message}") from error
+        return session.outbox
 
     def _get(self, session: Session, keys: Sequence[BlockKey], first: int, target: Target) -> set[int]:
         """Indices of the blocks that came whole."""

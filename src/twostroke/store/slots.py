@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from twostroke.store.threads import Threads
 from twostroke.store.tier import Entry, Source, Target, TierFailed, Usage, leading
 
 log = logging.getLogger(__name__)
+_Job = tuple[int, BlockKey, int]  # a block's number in its source, and the slot that it goes to
 PAUSE_SECONDS = 30.0  # without writing after the medium was full or read-only
 
 
@@ -90,6 +91,15 @@ class Lasting(Protocol):
 
     def pinned(self) -> set[int]:
         """Slots whose blocks were pinned when it was opened."""
+        ...
+
+
+@runtime_checkable
+class Provisional(Source, Protocol):
+    """Whose blocks count only if it says so after they were read. What was stored is not to be found before that."""
+
+    async def kept(self) -> bool:
+        """Whether they were the blocks that they are to be. It does not take long, whatever becomes of who knows."""
         ...
 
 
@@ -176,7 +186,7 @@ class SlotTier:
         missing = [i for i, here in enumerate(shelf.contains(keys)) if not here]
         if not missing or time.monotonic() < self._paused:
             return len(keys) - len(missing)
-        taken: list[tuple[int, BlockKey, int]] = []
+        taken: list[_Job] = []
         written: dict[BlockKey, int] = {}
         self._use(1)
         try:
@@ -186,10 +196,11 @@ class SlotTier:
             results = await self._threads.runs(
                 lambda run: self._store(source, [taken[i] for i in run]), len(taken), self._run(len(taken))
             )
-            done = {key: slot for (_, key, slot), result in zip(taken, results, strict=True) if result is True}
-            if done and lasting is not None:
-                await self._threads.run(lambda: lasting.commit([*done.values()]))
-            written = done
+            digests = {job: result for job, result in zip(taken, results, strict=True) if isinstance(result, bytes)}
+            if digests and (not isinstance(source, Provisional) or await source.kept()):
+                if lasting is not None:
+                    await self._threads.run(lambda: self._label(digests, lasting))
+                written = {key: slot for _, key, slot in digests}
             _check(results)
         except OSError as error:
             if error.errno not in NO_ROOM:
@@ -295,26 +306,29 @@ class SlotTier:
                 results.append(error)
         return results
 
-    def _store(self, source: Source, jobs: Sequence[tuple[int, BlockKey, int]]) -> list[bool | OSError]:
-        """Blocks, by their number in ``source``, into slots."""
+    def _store(self, source: Source, jobs: Sequence[_Job]) -> list[bytes | OSError | None]:
+        """Blocks, by their number in ``source``, into slots: their digests, None of those that are not to be had."""
         if (memory := self._memory) is not None:
             slots = [slot for _, _, slot in jobs]
             digests = source.fill([index for index, _, _ in jobs], memory.slots, slots)
             for slot, digest in zip(slots, digests, strict=True):
                 memory.digests[slot] = digest or b""
-            return [digest is not None for digest in digests]
+            return [*digests]
         assert self._device is not None, "it is one or the other"
-        results: list[bool | OSError] = []
-        for index, key, slot in jobs:
+        results: list[bytes | OSError | None] = []
+        for index, _, slot in jobs:
             try:
-                digest = source.save(index, self._device.payload(slot))
+                results.append(source.save(index, self._device.payload(slot)))
             except OSError as error:
                 results.append(error)
-                continue
-            if digest is not None:
-                self._device.label(slot, key, digest)
-            results.append(digest is not None)
         return results
+
+    def _label(self, digests: Mapping[_Job, bytes], lasting: Lasting) -> None:
+        """What was stored is to be found at the next ``open``."""
+        assert self._device is not None, "what lasts is files"
+        for (_, key, slot), digest in digests.items():
+            self._device.label(slot, key, digest)
+        lasting.commit([slot for _, _, slot in digests])
 
     async def _give_up(self, damaged: Sequence[int], keys: Sequence[BlockKey], slots: Sequence[int]) -> None:
         """Blocks that did not verify are never looked at again."""

@@ -62,8 +62,8 @@ class Source(Protocol):
         return block.digest
 
     def where(self, index: int) -> Place | None:
-        """Where other processes find its bytes; None if they do not. These may change once nobody waits for the tier:
-        what was copied from there is a block only if its digest is right.
+        """Where other processes find its bytes; None if they do not, or not any more. What was read there is the block
+        if this is the same afterwards.
         """
         ...
 

@@ -41,6 +41,11 @@ class _Gate:
         self._inside = 0
         self._open = True
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has closed it so far."""
+        return self._open
+
     def enter(self) -> bool:
         """Whether one may go in; then ``leave`` must follow."""
         with self._changed:
@@ -105,7 +110,7 @@ class SlotsEnd(Source, Target):
 
     def where(self, index: int) -> Place | None:
         """See ``Source.where``."""
-        return None if self._pool is None else Place(self._pool, self._slots[index])
+        return Place(self._pool, self._slots[index]) if self._pool is not None and self._gate.is_open else None
 
     def place(self, index: int, block: Sealed) -> bool:
         """See ``Target.place``."""
