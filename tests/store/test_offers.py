@@ -10,11 +10,12 @@ from tests.store.blocks import BYTES, FINGERPRINT, Taken, key, keys, payload
 from tests.store.test_service import MANY, MEMORY, client, serving
 from twostroke.config import DiskTier, StoreConfig
 from twostroke.errors import HandoverFailed
+from twostroke.kv.copying import copy_digested
 from twostroke.kv.memory import Bytes, PoolMemory
 from twostroke.links.staging import HostStaging
 from twostroke.messages import PoolAddress
 from twostroke.store import server as serverside
-from twostroke.store.format import Sealed, seal
+from twostroke.store.format import seal
 from twostroke.store.frames import Copied, Done, Kept, Offer
 from twostroke.store.server import Server
 from twostroke.store.service import ServiceTier, Session
@@ -71,14 +72,14 @@ async def test_slots_that_were_used_again_meanwhile_hold_no_blocks(
     """As when the service takes longer than anybody waits: its copies are of whatever is there by then."""
     late = source(pool)
 
-    def seal_later(block: memoryview) -> Sealed:
+    def copied_later(target: Bytes, block: memoryview) -> bytes:
         late.close()
         pool.slots[:] = memoryview(payload(key(999)))
-        return seal(block)
+        return copy_digested(target, block)
 
     async with client(service[1]) as tier:
         with monkeypatch.context() as patch:
-            patch.setattr(serverside, "seal", seal_later)
+            patch.setattr(serverside, "copy_digested", copied_later)
             assert await tier.put(MANY, late) == tier.offered == 0
         assert not any(await tier.contains(MANY))
         assert shelf(service[0]).free == shelf(service[0]).total, "and take no room"

@@ -1,8 +1,7 @@
 """xxh3-128 of blocks in a GPU's memory, where reading them costs next to nothing; the same as the library's on a CPU.
 
-XXH3 (xxhash.com) for long inputs: eight 64-bit sums take in 64 bytes at a time, a *stripe*, and are scrambled after
-each kibibyte. Only that has to happen in order, so one kernel computes what each kibibyte adds, and another puts that
-together, a program for each block. The end, a few multiplications, is NumPy's.
+Of what is in ``xxh3.py``, only scrambling has to happen in order, so one kernel computes what each kibibyte adds, and
+another puts that together, a program for each block.
 """
 
 from collections.abc import Sequence
@@ -12,31 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-_STRIPE = 64  # bytes
+from twostroke.kv.xxh3 import HIGH, LAST, LOW, PRIME_1, PRIME_2, SECRET, START, STRIPE
+
 _AT_ONCE = 8  # kibibytes that a program sums up: it is soon done, since a decode step's have to wait for it
 _UNROLLED = 16  # kibibytes whose parts are under way from memory at once
-
-_SECRET = np.frombuffer(  # XXH3's own
-    bytes.fromhex(
-        "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
-        "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
-        "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
-        "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-    ),
-    np.uint8,
-)
-_PRIME_1, _PRIME_2 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F
-_START = [0xC2B2AE3D, _PRIME_1, _PRIME_2, 0x165667B19E3779F9]
-_START += [0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, 0x9E3779B1]
-_LAST = 121  # where in the secret the keys of the last stripe begin
-_LOW, _HIGH = 11, 117  # and those of both halves of the result
 
 
 def _keys(size: int) -> torch.Tensor:
     """The numbers that blocks of ``size`` bytes are combined with, ``int64 [58]``."""
-    secret = [_SECRET[start : start + 8 * count] for start, count in ((0, 24), (_LAST, 8), (_LOW, 8), (_HIGH, 8))]
-    begin = [size * _PRIME_1 % 2**64, ~(size * _PRIME_2) % 2**64]
-    numbers = np.concatenate([np.concatenate(secret).view(np.uint64), np.array([*_START, *begin], np.uint64)])
+    secret = [SECRET[start : start + 8 * count] for start, count in ((0, 24), (LAST, 8), (LOW, 8), (HIGH, 8))]
+    begin = [size * PRIME_1 % 2**64, ~(size * PRIME_2) % 2**64]
+    numbers = np.concatenate([np.concatenate(secret).view(np.uint64), np.array([*START, *begin], np.uint64)])
     return torch.from_numpy(numbers.view(np.int64))
 
 
@@ -114,8 +99,8 @@ class Digests:
             ValueError: ``block_bytes`` is not a multiple of 64.
         """
         self._size = slots.shape[1]
-        if self._size % _STRIPE:
-            raise ValueError(f"blocks of {self._size} bytes: no multiple of {_STRIPE}")
+        if self._size % STRIPE:
+            raise ValueError(f"blocks of {self._size} bytes: no multiple of {STRIPE}")
         self._full = (self._size - 1) // 1024
         self._words = slots.view(torch.int64)
         self._index = torch.empty(self.MOST, dtype=torch.int64, pin_memory=slots.is_cuda)
@@ -125,7 +110,7 @@ class Digests:
 
     def start(self, slots: Sequence[int]) -> None:
         """Begin with the blocks in these slots, at most ``MOST``."""
-        count, rest = len(slots), (self._size - 1 - 1024 * self._full) // _STRIPE
+        count, rest = len(slots), (self._size - 1 - 1024 * self._full) // STRIPE
         self._index.numpy()[:count] = slots
         arrays, sizes = (self._words, self._index, self._keys, self._parts), (self._size // 8, self._full)
         _parts[(count, triton.cdiv(self._full, _AT_ONCE) or 1)](*arrays, *sizes, _AT_ONCE, num_warps=2)

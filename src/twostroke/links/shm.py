@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from twostroke.kv.copying import copy, kernel
+from twostroke.kv.copying import copy, kernels
 from twostroke.kv.memory import Bytes, map_peer
 from twostroke.kv.pool import Slot
 from twostroke.links.copying import CopyingLink
@@ -18,7 +18,7 @@ class SharedMemoryLink(CopyingLink[Bytes]):
         """``own``: our slots, ``uint8 [num_slots, block_bytes]``."""
         super().__init__(block_bytes=own.shape[1])
         self._own = own
-        kernel()
+        kernels()
 
     def _map(self, peer: PoolAddress) -> Bytes:
         return map_peer(peer)

@@ -6,10 +6,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import xxhash
 
 from twostroke.config import GdsChoice
-from twostroke.kv.copying import copy
+from twostroke.kv.copying import copy_digested
 from twostroke.kv.direct import Extent
 from twostroke.kv.memory import Bytes
 from twostroke.kv.pool import Slot
@@ -85,18 +84,11 @@ class HostStaging:
 
     def read(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.read``."""
-        return [_copied(memory[place], self._slots[slot]) for slot, place in zip(slots, places, strict=True)]
+        return [copy_digested(memory[place], self._slots[slot]) for slot, place in zip(slots, places, strict=True)]
 
     def write(self, slots: Sequence[Slot], memory: Bytes, places: Sequence[int]) -> list[bytes]:
         """See ``Staging.write``."""
-        return [_copied(self._slots[slot], memory[place]) for slot, place in zip(slots, places, strict=True)]
-
-
-def _copied(target: Bytes, source: Bytes) -> bytes:
-    """Copy, and take the digest on the way: before, so that the copy finds the bytes in the cache."""
-    digest = xxhash.xxh3_128_digest(source.data)
-    copy(target, source)
-    return digest
+        return [copy_digested(self._slots[slot], memory[place]) for slot, place in zip(slots, places, strict=True)]
 
 
 def staging(slots: torch.Tensor, gds: GdsChoice = "off") -> Callable[[], Staging]:

@@ -10,7 +10,7 @@ import uvloop
 
 from twostroke.api.serving import bind
 from twostroke.config import StoreConfig, check_quota, cluster_secret
-from twostroke.kv.copying import kernel
+from twostroke.kv.copying import kernels
 from twostroke.kv.memory import Area
 from twostroke.store.disk import disk_tier
 from twostroke.store.eviction import POLICIES
@@ -50,7 +50,7 @@ def tiers(config: StoreConfig) -> Callable[[str, int], list[SlotTier]]:
 def run(config: StoreConfig) -> int:
     """Serve until a signal. Raises ``StartupError`` if it cannot start."""
     make = tiers(config)
-    kernel()
+    kernels()
     listening = bind(config.host, config.port)  # not before: whoever can connect does not wait for memory
     return uvloop.run(_run(config, listening, make))
 

@@ -18,6 +18,7 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from twostroke.errors import HandoverFailed, StartupError
+from twostroke.kv.copying import copy_digested
 from twostroke.kv.direct import aligned
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
@@ -434,6 +435,11 @@ class _Offered(Provisional):
     def block(self, index: int) -> Sealed | None:
         """See ``Source.block``."""
         return seal(self._payloads[index])
+
+    def fill(self, indexes: Sequence[int], memory: Bytes, slots: Sequence[int]) -> list[bytes | None]:
+        """See ``Source.fill``."""
+        pairs = zip(indexes, slots, strict=True)
+        return [copy_digested(memory[slot], self._payloads[index]) for index, slot in pairs]
 
     def where(self, index: int) -> Place | None:
         """See ``Source.where``."""
