@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.engine.rig import Rig, ids, preemptions, request, running, until
+from tests.store.blocks import Taken
 from tests.tiny import generate
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.engine.runner import Launched
@@ -22,6 +24,7 @@ from twostroke.store import choice
 from twostroke.store.directory import DirectoryTier
 from twostroke.store.disk import disk_tier
 from twostroke.store.host import HostTier
+from twostroke.store.slots import SlotTier
 from twostroke.store.store import Store
 from twostroke.store.tier import MemoryTier, Target, Tier
 from twostroke.worker.offload import Offload, Writer
@@ -277,6 +280,40 @@ async def test_a_damaged_block_is_computed_again(model: Path) -> None:
         await fill(one, PROMPTS[1:3])
         assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
         assert one.hits()["memory"] >= 11
+
+
+def flip(tier: SlotTier, folder: Path, payload: bytes) -> None:
+    """One bit of a block, in the tier's memory or its file."""
+    if tier._memory is not None:
+        (slot,) = np.flatnonzero((tier._memory.slots == np.frombuffer(payload, np.uint8)).all(1))
+        tier._memory.slots[slot, 5] ^= 1
+        return
+    (path,) = [path for path in folder.rglob("*.segment") if payload in path.read_bytes()]
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().index(payload) + 5)
+        file.write(bytes([payload[5] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["host", "disk"])
+async def test_a_bit_that_flips_where_blocks_are_kept_is_never_computed_with(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    """It may reach a slot of the pool, on its way to be verified; it is computed again there."""
+
+    def make(block_bytes: int, fingerprint: str) -> list[Tier]:
+        host = name == "host"
+        return [HostTier(block_bytes, MiB) if host else disk_tier(tmp_path, block_bytes, fingerprint, MiB, "w")]
+
+    async with bench(model, make) as one:
+        await fill(one)
+        (stage,), taken = one.offload.store.stages, Taken()
+        fourth = one.offload._keys(request(PROMPTS[0], 1))[3]
+        assert await stage.tier.get([fourth], taken) == 1
+        assert isinstance(stage.tier, SlotTier)
+        flip(stage.tier, tmp_path, taken.blocks[0])
+        assert await one.tokens(request(PROMPTS[0], COUNT)) == generate(model, PROMPTS[0], COUNT)
+        assert one.hits() == {name: 3}
+        assert one.offload.store.reports()[0].damaged == 1
 
 
 async def test_a_client_that_leaves_while_its_blocks_are_loaded(model: Path) -> None:
