@@ -103,8 +103,8 @@ class Proxy:
                 connection.times += 1
 
     def _send(self, sink: socket.socket, data: bytearray, way: int) -> None:
+        self.passed[way] += len(data)  # before somebody who has them asks
         sink.sendall(data)
-        self.passed[way] += len(data)
 
     def _broken(
         self, connection: _Connection, sink: socket.socket, faults: Faults, at: int, data: bytearray, way: int
