@@ -9,14 +9,13 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from twostroke.kv.copying import copy
+from twostroke.kv.copying import copy_digested
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # nothing can be written, but read
 PAGE = mmap.PAGESIZE  # alignment of memory, offsets and sizes; a multiple of every disk's sector
 _HUGE = 2 << 20  # bytes of a huge page
 _LONG = 64 << 10  # bytes, from which on one is worth it
 _RING = 8 << 20  # bytes of a thread's buffers
-_MOST_PIECES = 256  # of memory that one request of the kernel takes, or fewer: more would be cut into several
 
 
 _local = threading.local()
@@ -83,12 +82,16 @@ class Extent(NamedTuple):
         if self.head is not None:
             read_at(self.file.fd, self.head, self.offset - len(self.head))
 
-    def write(self, payload: memoryview) -> None:
-        """Write the payload. ``OSError``."""
-        buffer, head = payload, self.head
-        if self.size >= _MOST_PIECES * PAGE or not is_aligned(buffer):  # a pool's pages are small, and lie anywhere
-            buffer = _buffer(self.size)
-            copy(buffer[: self.size], payload)
+    def load(self, payload: memoryview) -> bytes:
+        """Copy a payload into this thread's buffers, for ``flush`` to write it; its xxh3-128. Direct I/O out of a pool,
+        whose pages are small, would take longer, and what it writes might be another block by then.
+        """
+        _local.loaded = _buffer(self.size)
+        return copy_digested(_local.loaded[: self.size], payload)
+
+    def flush(self) -> None:
+        """Write what this thread has loaded last. ``OSError``."""
+        buffer, head = _local.loaded, self.head
         if head is None or os.pwritev(self.file.fd, [head, buffer], self.offset - len(head)) < len(head) + len(buffer):
             self.write_head()
             write_at(self.file.fd, buffer, self.offset)
@@ -130,11 +133,6 @@ def aligned(size: int) -> memoryview:
         whole.madvise(mmap.MADV_HUGEPAGE)
     start = -np.frombuffer(whole, np.uint8).ctypes.data % _HUGE
     return memoryview(whole)[start : start + pages(size)]
-
-
-def is_aligned(memory: memoryview) -> bool:
-    """Whether these are whole pages, which direct I/O takes as they are."""
-    return len(memory) % PAGE == 0 and np.frombuffer(memory, np.uint8).ctypes.data % PAGE == 0
 
 
 def open_direct(path: str, flags: int, mode: int = 0o600, *, dir_fd: int | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from twostroke.errors import HandoverFailed, StartupError
 from twostroke.kv.copying import copy_digested
-from twostroke.kv.direct import aligned
+from twostroke.kv.direct import Extent, aligned
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind
@@ -440,6 +440,14 @@ class _Offered(Provisional):
         """See ``Source.fill``."""
         pairs = zip(indexes, slots, strict=True)
         return [copy_digested(memory[slot], self._payloads[index]) for index, slot in pairs]
+
+    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] | None = None) -> bytes | None:
+        """See ``Source.save``."""
+        digest = extent.load(self._payloads[index])
+        if head is not None:
+            head(digest)
+        extent.flush()
+        return digest
 
     def where(self, index: int) -> Place | None:
         """See ``Source.where``."""

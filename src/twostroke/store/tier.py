@@ -56,9 +56,10 @@ class Source(Protocol):
         block = self.block(index)
         if block is None:
             return None
+        extent.load(block.payload)
         if head is not None:
             head(block.digest)
-        extent.write(block.payload)
+        extent.flush()
         return block.digest
 
     def where(self, index: int) -> Place | None:

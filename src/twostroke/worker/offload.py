@@ -95,18 +95,21 @@ class SlotsEnd(Source, Target):
 
     def save(self, index: int, extent: Extent, head: Callable[[bytes], None] | None = None) -> bytes | None:
         """See ``Source.save``."""
-        files = self._staging().files
-        if files is None:
-            return super().save(index, extent, head)
         if not self._gate.enter():
             return None
         try:
-            digest = files.load(self._slots[index])
+            staging, slot = self._staging(), self._slots[index]
+            files = staging.files
+            digest = extent.load(staging.load(slot)) if files is None else files.load(slot)
         finally:
             self._gate.leave()
         if head is not None:
             head(digest)
-        return digest if files.write(extent) else super().save(index, extent, head)
+        if files is None:
+            extent.flush()
+        elif not files.write(extent):
+            return super().save(index, extent, head)
+        return digest
 
     def where(self, index: int) -> Place | None:
         """See ``Source.where``."""
