@@ -14,6 +14,7 @@ from twostroke.kv.copying import copy_digested
 from twostroke.kv.memory import Bytes, PoolMemory
 from twostroke.links.staging import HostStaging
 from twostroke.messages import PoolAddress
+from twostroke.store import ends
 from twostroke.store import server as serverside
 from twostroke.store.format import seal
 from twostroke.store.frames import Copied, Done, Kept, Offer
@@ -79,7 +80,7 @@ async def test_slots_that_were_used_again_meanwhile_hold_no_blocks(
 
     async with client(service[1]) as tier:
         with monkeypatch.context() as patch:
-            patch.setattr(serverside, "copy_digested", copied_later)
+            patch.setattr(ends, "copy_digested", copied_later)
             assert await tier.put(MANY, late) == tier.offered == 0
         assert not any(await tier.contains(MANY))
         assert shelf(service[0]).free == shelf(service[0]).total, "and take no room"

@@ -197,7 +197,7 @@ class CudaRunner:
         pages = self._layout.blocks(limits.context)
         most = max(_PROMPTS, *_TAILS, limits.max_batch)
         tokens = limits.token_budget + most
-        # Tables, of bundles too, whose sequences and pages are filled up to powers of two.
+        # Tables, of single tokens and of bundles, as wide as their longest.
         capacity = 8 * tokens + 4 * (most + 64) * (pages + 2 * _ALIGN) + 4 * self._items(most)
         self._upload = _Upload(self._device, capacity)
         self._sampled = torch.zeros(most, dtype=torch.int64, device=self._device)  # by the latest step launched

@@ -18,14 +18,14 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from twostroke.errors import HandoverFailed, StartupError
-from twostroke.kv.copying import copy_digested
-from twostroke.kv.direct import Extent, aligned
+from twostroke.kv.direct import aligned
 from twostroke.kv.keys import BlockKey
 from twostroke.kv.memory import Bytes, host_id, map_peer
 from twostroke.links.framing import HEADER, NONCE, Kind
 from twostroke.links.wire import Listener, Wire
 from twostroke.messages import Manage, Managed, ManagedTier, PoolAddress, TierReport
-from twostroke.store.format import Corrupt, Sealed, seal, verify
+from twostroke.store.ends import Offered, Outlet, Taken
+from twostroke.store.format import Corrupt, Sealed, verify
 from twostroke.store.frames import (
     BLOCK,
     FRAMING,
@@ -55,9 +55,9 @@ from twostroke.store.frames import (
 from twostroke.store.host import HostTier, Loan
 from twostroke.store.management import Whole, manage
 from twostroke.store.service import PATIENCE, SLOWEST
-from twostroke.store.slots import Provisional, SlotTier
+from twostroke.store.slots import SlotTier
 from twostroke.store.store import Hold, Store
-from twostroke.store.tier import Place, Source, Target, TierFailed
+from twostroke.store.tier import Source, TierFailed
 
 log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0  # a connection on which nothing was asked for so long is closed
@@ -109,7 +109,7 @@ class Shop:
         found = await asyncio.gather(*(stage.contains(keys) for stage in self.store.stages))
         return [any(here) and self._fresh(key) for key, here in zip(keys, zip(*found, strict=True), strict=True)]
 
-    async def get(self, keys: Sequence[BlockKey], target: "_Outlet") -> None:
+    async def get(self, keys: Sequence[BlockKey], target: Outlet) -> None:
         """Give those of the first blocks that are here, from whatever tier, to ``target``."""
         where = await self.store.find(list(takewhile(self._fresh, keys)))
         done = 0
@@ -267,7 +267,7 @@ class Server:
             case Has(keys):
                 wire.say(Mask(bytes(self._call(shop.has(split(keys))))), PATIENCE)
             case Get(keys):
-                outlet = _Outlet(wire)
+                outlet = Outlet(wire)
                 try:
                     self._call(shop.get(split(keys), outlet))
                 finally:
@@ -292,7 +292,7 @@ class Server:
         stored, storing = 0, None
         for blocks in inbox.batches(len(keys)):
             stored += storing.result(_CALL_SECONDS) if storing else 0
-            storing = self._begin(shop.put([keys[index] for index in blocks], _Taken(list(blocks.values()))))
+            storing = self._begin(shop.put([keys[index] for index in blocks], Taken(list(blocks.values()))))
         return stored + (storing.result(_CALL_SECONDS) if storing else 0)
 
     def _lend(self, wire: Wire, shop: Shop, request: Borrow) -> None:
@@ -337,7 +337,7 @@ class Server:
         if len(offer.digests) != 16 * len(payloads):
             raise TierFailed("the client offered other blocks")
         digests = [offer.digests[at : at + 16] for at in range(0, len(offer.digests), 16)]
-        return self._begin(shop.put(split(offer.keys), _Taken([*map(Sealed, payloads, digests)])))
+        return self._begin(shop.put(split(offer.keys), Taken([*map(Sealed, payloads, digests)])))
 
     def _copy_and_ask(self, wire: Wire, shop: Shop, offer: Offer) -> None:
         """Have what is offered without digests copied; it counts if the client says that it held it meanwhile."""
@@ -345,7 +345,7 @@ class Server:
         if payloads is None:
             wire.say(Copied(0, mapped=False), PATIENCE)
             return
-        offered = _Offered(payloads)
+        offered = Offered(payloads)
         storing = self._begin(shop.put(split(offer.keys), offered))
         storing.add_done_callback(lambda _: offered.read.set())
         try:
@@ -389,89 +389,6 @@ class Server:
             work.close()
             raise TierFailed("the service is shutting down")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-
-class _Outlet(Target):
-    """See ``Target``: sends blocks as they are read, from several threads."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.first = 0  # index of the first block of the present call
-        self.sent = 0
-        self._wire = wire
-        self._lock = threading.Lock()
-        self._open = True
-
-    def place(self, index: int, block: Sealed) -> bool:
-        """See ``Target.place``."""
-        with self._lock:
-            if not self._open:
-                return False
-            try:
-                seconds = PATIENCE + len(block.payload) / SLOWEST
-                head = FRAMING.block_head(block.payload, self.first + index, block.digest)
-                self._wire.send(head, block.payload, seconds=seconds)
-            except OSError:
-                self._open = False
-                return False
-            self.sent += 1
-            return True
-
-    def close(self) -> None:
-        """Nothing more is sent. ``OSError`` if the client is gone or too slow."""
-        with self._lock:
-            gone, self._open = not self._open, False
-        if gone:
-            raise ConnectionError("the client is gone, or too slow")
-
-
-class _Offered(Provisional):
-    """See ``Provisional``: blocks in a client's memory, of which it has to say afterwards that it held them there."""
-
-    def __init__(self, payloads: Sequence[memoryview]) -> None:
-        self.read = threading.Event()  # nothing more of them is read
-        self.held = Future[bool]()  # what the client says then
-        self._payloads = payloads
-
-    def block(self, index: int) -> Sealed | None:
-        """See ``Source.block``."""
-        return seal(self._payloads[index])
-
-    def fill(self, indexes: Sequence[int], memory: Bytes, slots: Sequence[int]) -> list[bytes | None]:
-        """See ``Source.fill``."""
-        pairs = zip(indexes, slots, strict=True)
-        return [copy_digested(memory[slot], self._payloads[index]) for index, slot in pairs]
-
-    def save(self, index: int, extent: Extent, head: Callable[[bytes], None] | None = None) -> bytes | None:
-        """See ``Source.save``."""
-        digest = extent.load(self._payloads[index])
-        if head is not None:
-            head(digest)
-        extent.flush()
-        return digest
-
-    def where(self, index: int) -> Place | None:
-        """See ``Source.where``."""
-        return None
-
-    async def kept(self) -> bool:
-        """See ``Provisional.kept``."""
-        self.read.set()
-        return await asyncio.wrap_future(self.held)
-
-
-class _Taken(Source):
-    """See ``Source``: blocks that a client has sent, or let us map."""
-
-    def __init__(self, blocks: Sequence[Sealed]) -> None:
-        self._blocks = blocks
-
-    def block(self, index: int) -> Sealed | None:
-        """See ``Source.block``."""
-        return self._blocks[index]
-
-    def where(self, index: int) -> Place | None:
-        """See ``Source.where``."""
-        return None
 
 
 class _Inbox:
