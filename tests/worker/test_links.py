@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.tiny import generate
 from twostroke.api.lifecycle import Lifecycle
 from twostroke.config import LinkChoice, WorkerConfig
 from twostroke.engine.engine import Admitted
+from twostroke.engine.runner import Launched
+from twostroke.engine.scheduler import Chunk
 from twostroke.errors import HandoverFailed, StartupError
 from twostroke.links import nixl, tcp
 from twostroke.links.frames import Read
@@ -238,14 +241,22 @@ async def test_the_next_link_in_the_middle(rigs: Rigs, monkeypatch: pytest.Monke
     with ends(p, d, "shm tcp", "shm tcp") as both:
         prompt = list(range(100, 260))  # 10 blocks, published in chunks
         read, reads = SharedMemoryLink.read, 0
+        begun, launch = threading.Event(), p.engine.model.launch
+
+        def paced(chunks: Sequence[Chunk]) -> Launched:
+            if any(chunk.start for chunk in chunks):  # or P may be done before anything is read
+                begun.wait(10)
+            return launch(chunks)
 
         async def once(self: SharedMemoryLink, *arguments: object) -> None:
             nonlocal reads
             reads += 1
+            begun.set()
             if reads > 1:
                 raise HandoverFailed("out of reach")
             await read(self, *arguments)  # type: ignore[arg-type]
 
+        monkeypatch.setattr(p.engine.model, "launch", paced)
         monkeypatch.setattr(SharedMemoryLink, "read", once)
         asked: list[int] = []
         answer = TcpServer._answer
